@@ -1,0 +1,112 @@
+"""Execute notebooks the way this repository commits them.
+  python tools/notebooks.py run [NB ...]     full budget, in place: outputs ready to commit, minutes noted in nbs/minutes.json
+  python tools/notebooks.py page NB HTML     execute a copy and write it as one self-contained HTML page
+Exit status 1 when a cell fails."""
+import datetime, json, os, platform, re, sys, time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbconvert import HTMLExporter
+from nbdev.clean import nbdev_clean
+
+ROOT = Path(__file__).resolve().parent.parent
+MINUTES = ROOT/"nbs/minutes.json"
+WIDGET = "application/vnd.jupyter.widget-view+json"
+MATHJAX = ROOT/"docs/vendor/tex-svg-full.js"
+CDN = ("require_js_url", "mathjax_url", "jquery_url", "jupyter_widgets_base_url", "html_manager_semver_range", "mermaid_js_url")
+META = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+
+
+def notebooks():
+    "Every notebook of the lab, in the order in which nbdev reads them: no hidden or `_` files and folders."
+    files = (p.relative_to(ROOT) for p in (ROOT/"nbs").rglob("*.ipynb"))
+    return [ROOT/p for p in sorted(files) if not any(part[0] in "._" for part in p.parts)]
+
+def execute(path):
+    "Run a notebook from its own folder; returns (notebook, seconds, error or None)."
+    nb = nbformat.read(path, 4)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    start, error = time.time(), None
+    try: NotebookClient(nb, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: error = e
+    return nb, time.time() - start, error
+
+def tidy(nb):
+    "Drop what must not be committed: widget state, widget views (a static twin stands beside them), cell metadata."
+    nb.metadata = nbformat.from_dict(META)
+    for cell in nb.cells:
+        cell.metadata = nbformat.NotebookNode()
+        if cell.cell_type == "code": cell.outputs = [o for o in map(without_widget, cell.outputs) if o]
+    return nb
+
+def without_widget(out):
+    "The output without its live view; None when nothing but the widget's name is left."
+    live = out.get("data", {}).pop(WIDGET, None)
+    return None if live and set(out.data) <= {"text/plain"} else out
+
+def badge(nb, minutes):
+    "Write the measured time into the chapter's badge line."
+    said = f"{max(minutes, .1):.1f} min" if minutes < 1 else f"{minutes:.0f} min"
+    for cell in nb.cells[:4]: cell.source = re.sub(r"\S+ min on 2 CPU cores", f"{said} on 2 CPU cores", cell.source)
+
+def two_cores():
+    "Keep this process and its kernels on two cores, where the system allows it; returns the number of cores."
+    if not hasattr(os, "sched_setaffinity"): return os.cpu_count()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+    return len(os.sched_getaffinity(0))
+
+def machine(cores):
+    "What the minutes were measured on."
+    import torch
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return f"{cores} cores of {cpu}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}"
+
+def run(paths):
+    "Re-execute notebooks in place and note how long each took."
+    where, failed = machine(two_cores()), []
+    for path in paths:
+        path = Path(path).resolve()
+        name = path.relative_to(ROOT).as_posix()
+        nb, seconds, error = execute(path)
+        print(f"{seconds:7.1f} s  {name}{'  FAILED' if error else ''}", flush=True)
+        if error:
+            print(str(error)[-4000:], file=sys.stderr)
+            failed.append(name)
+            continue
+        badge(nb, seconds/60)
+        path.write_text(json.dumps(tidy(nb), indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        nbdev_clean(str(path))
+        noted = json.loads(MINUTES.read_text()) if MINUTES.exists() else {}
+        noted[name] = {"minutes": round(seconds/60, 2), "date": datetime.date.today().isoformat(), "machine": where}
+        noted = {k: v for k, v in sorted(noted.items()) if (ROOT/k).exists()}
+        MINUTES.write_text(json.dumps(noted, indent=1) + "\n")
+    return failed
+
+def page(path, dst):
+    "Execute a copy of a notebook and write it as one HTML file that needs no other file and no network."
+    nb, seconds, error = execute(path)
+    exporter = HTMLExporter(embed_images=True)
+    for name in CDN: setattr(exporter, name, "")
+    body, _ = exporter.from_notebook_node(tidy(nb), resources={"metadata": {"path": str(path.parent), "name": path.stem}})
+    body = re.sub(r"<script[^>]*\bsrc=[^>]*></script>", "", body)
+    maths = "window.MathJax = {tex: {inlineMath: [['$', '$'], ['\\\\(', '\\\\)']], processEscapes: true}};"
+    head = f"<script>{maths}</script>\n<script>{MATHJAX.read_text(encoding='utf-8')}</script>\n</head>"
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    dst.write_text(body.replace("</head>", head, 1), encoding="utf-8")
+    outside = re.findall(r"<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)=[\"'](https?://[^\"']+)", body)
+    print(f"{dst}: {dst.stat().st_size/1e6:.1f} MB, executed in {seconds:.0f} s")
+    if outside: print("needs the network for:", *outside, sep="\n  ", file=sys.stderr)
+    if error: print(str(error)[-4000:], file=sys.stderr)
+    return [path] if error or outside else []
+
+def main(command=None, *args):
+    if command == "run": return run(args or notebooks())
+    if command == "page": return page(Path(args[0]).resolve(), Path(args[1]))
+    sys.exit(__doc__)
+
+if __name__ == "__main__": sys.exit(bool(main(*sys.argv[1:])))
