@@ -15,14 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 MINUTES = ROOT/"nbs/minutes.json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MATHJAX = ROOT/"docs/vendor/tex-svg-full.js"
-CDN = ("require_js_url", "mathjax_url", "jquery_url", "jupyter_widgets_base_url", "html_manager_semver_range", "mermaid_js_url")
+MATHS = r"window.MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']], processEscapes: true}};"
+CALLOUT = re.compile(r"^::: *\{\.callout-(\w+)[^}]*\}\n(.*?)^:::[ \t]*$", re.S | re.M)
+REMOTE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")   # a remote badge leaves its words
+WALK = ("index.ipynb", "tour.ipynb", "00_lab.ipynb", "data", "tokens", "nn", "objectives", "models", "train", "adapt", "tasks", "viz",
+        "studies", "10_cli.ipynb", "20_parity.ipynb", "glossary.ipynb", "solutions")
 META = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 
 
 def notebooks():
-    "Every notebook of the lab, in the order in which nbdev reads them: no hidden or `_` files and folders."
-    files = (p.relative_to(ROOT) for p in (ROOT/"nbs").rglob("*.ipynb"))
-    return [ROOT/p for p in sorted(files) if not any(part[0] in "._" for part in p.parts)]
+    "Every notebook of the lab in reading order: the tour, then room by room. Hidden and `_` names are not part of the lab."
+    files = [p.relative_to(ROOT/"nbs") for p in (ROOT/"nbs").rglob("*.ipynb")]
+    files = [p for p in files if not any(part[0] in "._" for part in p.parts)]
+    def place(p): return WALK.index(p.parts[0]) if p.parts[0] in WALK else len(WALK), p.as_posix()
+    return [ROOT/"nbs"/p for p in sorted(files, key=place)]
 
 def execute(path):
     "Run a notebook from its own folder; returns (notebook, seconds, error or None)."
@@ -30,7 +36,9 @@ def execute(path):
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     start, error = time.time(), None
-    try: NotebookClient(nb, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    client = NotebookClient(nb, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+                            extra_arguments=["--IPKernelApp.log_level=40"])
+    try: client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e: error = e
     return nb, time.time() - start, error
 
@@ -87,20 +95,32 @@ def run(paths):
         MINUTES.write_text(json.dumps(noted, indent=1) + "\n")
     return failed
 
+def quoted(callout):
+    "A Quarto callout as the block quote that every renderer of Markdown knows."
+    return "\n".join(f"> {line}".rstrip() for line in callout[2].strip().splitlines())
+
+def plain(nb):
+    "A notebook as its reader should see it outside Jupyter: directives, hidden cells, callout fences and remote pictures gone."
+    nb.cells = [c for c in nb.cells if not re.search(r"^#\| *(hide|include: *false|default_exp)\b", c.source, re.M)]
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+        else: cell.source = REMOTE.sub(r"\1", CALLOUT.sub(quoted, cell.source))
+    return nb
+
 def page(path, dst):
     "Execute a copy of a notebook and write it as one HTML file that needs no other file and no network."
     nb, seconds, error = execute(path)
-    exporter = HTMLExporter(embed_images=True)
-    for name in CDN: setattr(exporter, name, "")
-    body, _ = exporter.from_notebook_node(tidy(nb), resources={"metadata": {"path": str(path.parent), "name": path.stem}})
-    body = re.sub(r"<script[^>]*\bsrc=[^>]*></script>", "", body)
-    maths = "window.MathJax = {tex: {inlineMath: [['$', '$'], ['\\\\(', '\\\\)']], processEscapes: true}};"
-    head = f"<script>{maths}</script>\n<script>{MATHJAX.read_text(encoding='utf-8')}</script>\n</head>"
+    nb = plain(tidy(nb))
+    body, _ = HTMLExporter(embed_images=True, require_js_url="", mathjax_url="", jquery_url="").from_notebook_node(
+        nb, resources={"metadata": {"path": str(path.parent), "name": path.stem}})
+    body = re.sub(r"<script[^>]*\bsrc=[^>]*></script>|<script type=.module.>.*?</script>", "", body, flags=re.S)
+    style = "<style>blockquote {border-left: 4px solid #0072b2; padding-left: 1em}</style>"
+    head = f"{style}\n<script>{MATHS}</script>\n<script>{MATHJAX.read_text(encoding='utf-8')}</script>\n</head>"
+    outside = re.findall(r"<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)=[\"'](?!data:)([^\"']+)", body)
     dst.parent.mkdir(parents=True, exist_ok=True)
     dst.write_text(body.replace("</head>", head, 1), encoding="utf-8")
-    outside = re.findall(r"<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)=[\"'](https?://[^\"']+)", body)
     print(f"{dst}: {dst.stat().st_size/1e6:.1f} MB, executed in {seconds:.0f} s")
-    if outside: print("needs the network for:", *outside, sep="\n  ", file=sys.stderr)
+    if outside: print("not self-contained, it refers to:", *outside, sep="\n  ", file=sys.stderr)
     if error: print(str(error)[-4000:], file=sys.stderr)
     return [path] if error or outside else []
 

@@ -33,19 +33,16 @@ def claim(
     "Print a claim with its verdict: holds, fails at this scale, or not judged in a smoke run."
     print(f"– not judged in a smoke run: {text}" if smoke() else f"{'✓ holds' if holds else '✗ fails at this scale'}: {text}")
 
-# %% ../nbs/00_lab.ipynb #df3b7874
+# %% ../nbs/00_lab.ipynb #be6e36b5
 def attempt(
     check: Callable,     # a check of `vfm_lab.exercises`: raises while the answer is wrong
     answer: Callable,    # your function
-) -> bool:               # True once it is solved
+) -> None:
     "Run the check of an exercise on your answer and say what is still wrong."
     try: check(answer)
     except NotImplementedError: print(f"… {check.__name__}: nothing here yet. Replace the `raise NotImplementedError`.")
     except Exception as e: print(f"✗ {check.__name__}: {type(e).__name__}: {e}")
-    else:
-        print(f"✓ {check.__name__}: solved")
-        return True
-    return False
+    else: print(f"✓ {check.__name__}: solved")
 
 # %% ../nbs/00_lab.ipynb #e57c700c
 def asset(

@@ -19,7 +19,7 @@ import warnings
 import numpy as np
 import torch
 
-# %% ../../nbs/data/10_reader.ipynb #d3df5a50
+# %% ../../nbs/data/10_reader.ipynb #5719ec91
 class VideoReadError(RuntimeError):
     "A video that cannot be read; the message names the file and the cause."
 
@@ -28,18 +28,23 @@ class VideoInfo:
     "What a sampler needs to know about a file before anything is decoded."
     frames: int   # number of frames that can be decoded
     fps: float    # average frames per second
-    height: int   # pixels, as stored (rotation metadata is not applied)
+    height: int   # pixels, as stored: before a rotation that the file asks for
     width: int    # pixels, as stored
     codec: str    # short name: "h264", "hevc", "av1", "vp9", …
 
-# %% ../../nbs/data/10_reader.ipynb #9a166f6b
+# %% ../../nbs/data/10_reader.ipynb #6b6120c3
+def _all_frames(source):
+    "Every frame in the order of showing, from a fresh look at the file."
+    with _opened(source) as (container, stream): yield from container.decode(stream)
+
+# %% ../../nbs/data/10_reader.ipynb #a670793b
 @dataclass(frozen=True)
 class FrameIndex:
     "Where every frame of a stream is: the table that makes random access exact."
     info: VideoInfo
     pts: list[int] | None           # presentation time of frame i, sorted; None: the file states no usable times
     keys: list[tuple[int, int]]     # (presentation time, decoding time) of each key frame, sorted
-    closed: bool                    # no frame is shown before the key frame that precedes it in the file
+    closed: bool                    # no frame is shown before a key frame that precedes it in the file (closed GOPs)
 
 # %% ../../nbs/data/10_reader.ipynb #9951f08e
 # Real video containers only: playlists, scripts and "text as video" are not opened, nor is anything over a network.
@@ -78,8 +83,8 @@ def _opened(source):
     except Exception as e:
         raise VideoReadError(f"{_name(source)}: {getattr(e, 'strerror', None) or e or type(e).__name__}") from e
 
-# %% ../../nbs/data/10_reader.ipynb #9d14546d
-def frame_index(container, stream) -> FrameIndex:
+# %% ../../nbs/data/10_reader.ipynb #f8b463a9
+def frame_index(source, container, stream) -> FrameIndex:
     "Read the packets of a stream without decoding them; leaves the container at its end."
     ctx, pts, keys, lead, usable = stream.codec_context, [], [], False, True
     for p in container.demux(stream):
@@ -96,22 +101,16 @@ def frame_index(container, stream) -> FrameIndex:
     keys.sort()
     if usable: pts = sorted(t for t in pts if keys and t >= keys[0][0])
     usable = bool(usable and pts and len(set(pts)) == len(pts) and not (container.format.name == "avi" and ctx.has_b_frames))
-    count = len(pts) if usable else _count(container, stream)
+    count = len(pts) if usable else sum(1 for _ in _all_frames(source))
     info = VideoInfo(count, fps, ctx.height, ctx.width, ctx.codec.canonical_name)
     return FrameIndex(info, pts if usable else None, keys, not lead)
 
-# %% ../../nbs/data/10_reader.ipynb #5798b3a5
-def _count(container, stream) -> int:
-    container.seek(0)
-    return sum(1 for _ in container.decode(stream))
-
-# %% ../../nbs/data/10_reader.ipynb #54e72284
-def wanted_frames(container, stream, index: FrameIndex, numbers: Sequence[int]) -> Iterator:
+# %% ../../nbs/data/10_reader.ipynb #c48949df
+def wanted_frames(source, container, stream, index: FrameIndex, numbers: Sequence[int]) -> Iterator:
     "Decode the frames with these numbers (increasing, no repeats) and as few others as possible."
     if index.pts is None:                                        # no times to seek by: decode from the start and count
-        container.seek(0)
         wanted = set(numbers)
-        yield from (f for i, f in enumerate(container.decode(stream)) if i in wanted)
+        yield from (f for i, f in enumerate(_all_frames(source)) if i in wanted)
         return
     frames, last = iter(()), None
     for i in numbers:
@@ -128,45 +127,54 @@ def wanted_frames(container, stream, index: FrameIndex, numbers: Sequence[int]) 
         last = t
         yield frame
 
-# %% ../../nbs/data/10_reader.ipynb #de42a73c
+# %% ../../nbs/data/10_reader.ipynb #f5c864bd
 def _read_av(source, container, stream, index, numbers):
     from av.video.reformatter import VideoReformatter
     info, to_rgb, out = index.info, VideoReformatter(), None
-    for k, frame in enumerate(wanted_frames(container, stream, index, numbers)):
+    for k, frame in enumerate(wanted_frames(source, container, stream, index, numbers)):
         rgb = to_rgb.reformat(frame, width=info.width, height=info.height, format="rgb24").to_ndarray()
         if out is None: out = np.empty((len(numbers), *rgb.shape), np.uint8)
         out[k] = rgb
     if out is None or k + 1 < len(numbers): raise ValueError("fewer frames decoded than counted")
-    return out
+    return np.rot90(out, frame.rotation // 90, (1, 2))           # a phone stores the turn in the file, not in the picture
 
-# %% ../../nbs/data/10_reader.ipynb #5e0c0126
+# %% ../../nbs/data/10_reader.ipynb #ca430cb8
 class _Unsupported(Exception): pass
+
+def _check_plain(container, stream, index):
+    "The other decoders return the same frames as PyAV only under these conditions (each was measured)."
+    ctx = stream.codec_context
+    if index.pts is None or container.format.name == "mpegts": raise _Unsupported("no exact times of frames")
+    if ctx.pix_fmt not in ("yuv420p", "yuvj420p", "yuv422p", "yuv444p"): raise _Unsupported(f"colours as {ctx.pix_fmt}")
+    if ctx.height % 2: raise _Unsupported("odd height")
 
 def _read_decord(source, container, stream, index, numbers):
     import decord                                                # after torch: the other order can crash when CUDA starts
-    if index.pts is None or not index.closed: raise _Unsupported("frames before their key frame (open GOP)")
-    if container.format.name == "mpegts": raise _Unsupported("MPEG-TS")
-    if stream.codec_context.pix_fmt not in ("yuv420p", "yuvj420p", "yuv444p"): raise _Unsupported(stream.codec_context.pix_fmt)
+    _check_plain(container, stream, index)
+    if not index.closed: raise _Unsupported("open groups of pictures")
+    if len(container.streams.video) > 1: raise _Unsupported("several video streams")
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(_checked(source), num_threads=min(4, torch.get_num_threads()))
-        if len(reader) != index.info.frames: raise _Unsupported(f"counts {len(reader)} frames instead of {index.info.frames}")
-        return reader.get_batch(list(numbers)).asnumpy()
-    except decord.DECORDError as e: raise _Unsupported("cannot decode it") from e
+        if len(reader) != index.info.frames: raise _Unsupported("another frame count")
+        return reader.get_batch(numbers).asnumpy()
+    except decord.DECORDError as e: raise _Unsupported("its decoder fails") from e
 
 def _read_torchcodec(source, container, stream, index, numbers):
-    try: from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError) as e: raise _Unsupported("does not load") from e
-    source = _checked(source)
-    decoder = VideoDecoder(source.read() if hasattr(source, "read") else source, stream_index=stream.index, dimension_order="NHWC",
-                           num_ffmpeg_threads=min(4, torch.get_num_threads()))
-    if len(decoder) != index.info.frames: raise _Unsupported(f"counts {len(decoder)} frames instead of {index.info.frames}")
-    return decoder.get_frames_at(list(numbers)).data.numpy()
+    _check_plain(container, stream, index)
+    try:
+        from torchcodec.decoders import VideoDecoder
+        source = _checked(source)
+        decoder = VideoDecoder(source.read() if hasattr(source, "read") else source, stream_index=stream.index,
+                               dimension_order="NHWC", num_ffmpeg_threads=min(4, torch.get_num_threads()))
+        if len(decoder) != index.info.frames: raise _Unsupported("another frame count")
+        return decoder.get_frames_at(numbers).data.numpy()
+    except (ImportError, OSError, RuntimeError, ValueError) as e: raise _Unsupported("its decoder fails") from e
 
 _READERS = {"av": _read_av, "torchcodec": _read_torchcodec, "decord": _read_decord}
 _told: set[tuple[str, str]] = set()
 
-# %% ../../nbs/data/10_reader.ipynb #df423211
+# %% ../../nbs/data/10_reader.ipynb #d3735e4f
 def backends() -> list[str]:
     "The decoders that are installed, in the order in which they are tried."
     return [name for name in _READERS if find_spec(name)]
@@ -175,9 +183,9 @@ def probe(
     source,         # path, bytes or binary file object
 ) -> VideoInfo:     # raises VideoReadError
     "Frame count, rate, size and codec of the best video stream, without decoding."
-    with _opened(source) as (container, stream): return frame_index(container, stream).info
+    with _opened(source) as (container, stream): return frame_index(source, container, stream).info
 
-# %% ../../nbs/data/10_reader.ipynb #29480f9f
+# %% ../../nbs/data/10_reader.ipynb #1cb87022
 def read_frames(
     source,                                                      # path, bytes or binary file object
     indices: Sequence[int] | Callable[[int], Sequence[int]],     # frame numbers, any order, repeats allowed; or a function of the frame count
@@ -187,7 +195,7 @@ def read_frames(
     order = [b for b in backends() if b != "decord"] if backend == "auto" else sorted(backends(), key=lambda b: b != backend)
     if backend not in ("auto", *order): raise ValueError(f"backend {backend!r} is not installed; there are {backends()}")
     with _opened(source) as (container, stream):
-        index = frame_index(container, stream)
+        index = frame_index(source, container, stream)
         asked = np.asarray(indices(index.info.frames) if callable(indices) else indices, np.int64).reshape(-1)
         if not asked.size: raise VideoReadError(f"{_name(source)}: no frame was asked for")
         if asked.min() < 0 or asked.max() >= index.info.frames:

@@ -134,7 +134,7 @@ def groups(
         if run.batch == 0: raise ValueError("the loader gave no batch")
         run.epoch, run.batch = run.epoch + 1, 0
 
-# %% ../../nbs/train/10_loop.ipynb #f7c6b310
+# %% ../../nbs/train/10_loop.ipynb #dd957b79
 def fit(
     model: nn.Module,          # called as `model(batch)`, returns a dict with a scalar "loss"
     loader: Iterable[dict],    # a DataLoader, or anything that can be iterated once per epoch
@@ -143,7 +143,7 @@ def fit(
     callbacks: Sequence = (),  # see `vfm_lab.train.callbacks`; called on the main process
 ) -> dict[str, list[float]]:   # curves: step, loss, lr, grad_norm, seconds, and every scalar the model returned
     "Train a module. Raises `NonFiniteLoss` when loss or gradient is NaN or infinite."
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.accelerator.is_available())
     optimizer = torch.optim.AdamW(param_groups(model, config.weight_decay), lr=config.lr, betas=config.betas, eps=config.eps)
     prepared, optimizer = accelerator.prepare(model.train(), optimizer)
     run = Run(model, optimizer, config, accelerator)

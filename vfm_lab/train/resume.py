@@ -111,7 +111,7 @@ def save_checkpoint(
 
 def _plain(config): return json.loads(json.dumps(asdict(config), default=str))
 
-# %% ../../nbs/train/30_resume.ipynb #a0c66d5e
+# %% ../../nbs/train/30_resume.ipynb #e16c3c10
 def load_checkpoint(
     run,         # a fresh `Run` with the same model and config
     path: Path,  # a checkpoint, a folder
@@ -122,7 +122,7 @@ def load_checkpoint(
     old, new = state.pop("config"), _plain(run.config)
     differ = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
     if differ: raise ValueError(f"{path} belongs to another run ({'; '.join(differ)}): give this one its own folder")
-    load_model(run.model, str(path / "model.safetensors"), device=str(run.accelerator.device))
+    load_model(run.model, str(path / "model.safetensors"))
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     run.optimizer.load_state_dict(saved["optimizer"])
     if saved["scaler"]: run.accelerator.scaler.load_state_dict(saved["scaler"])

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['mask_strategies', 'MaskState', 'mask_state', 'Live', 'mask_sliders', 'upload_clip']
 
-# %% ../../nbs/viz/20_widgets.ipynb #405ac2f0
+# %% ../../nbs/viz/20_widgets.ipynb #c95c6a59
 import io
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
-import torch
 from torch import Generator, Tensor
 
 from ..tokens.masking import attention_sampled_mask, frame_mask, random_mask, tube_mask
