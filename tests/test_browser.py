@@ -85,8 +85,9 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(lab):
     "The tour, opened by the address that `make lab` prints."
+    path = chromium()
     with sync_playwright() as p:
-        browser = launch(p, chromium())
+        browser = launch(p, path)
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.goto(re.search(r"http://127\.0\.0\.1:\S+token=\w+", lab.text())[0])
         page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)

@@ -26,14 +26,14 @@ def check_brightness(
     again = answer(frames, .5, 1.5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(again, seen[0]), "the same generator must give the same clip"
 
-# %% ../../nbs/solutions/data_transforms.ipynb #72492f33
+# %% ../../nbs/solutions/data_transforms.ipynb #1e5c2061
 def check_flip_label(
     answer: Callable,  # (frames uint8 (T, H, W, 3), label, names) -> mirrored frames, label that is true for them
 ) -> None:
-    "Left becomes right and clockwise becomes counter-clockwise; up stays up."
-    names = ("left", "right", "up", "grow", "clockwise", "counter-clockwise")
+    "Left becomes right and clockwise becomes counterclockwise; up stays up."
+    names = ("left", "right", "up", "grow", "clockwise", "counterclockwise")
     frames = torch.arange(2 * 3 * 4 * 3, dtype=torch.uint8).view(2, 3, 4, 3)
-    for name, mirror in zip(names, ("right", "left", "up", "grow", "counter-clockwise", "clockwise")):
+    for name, mirror in zip(names, ("right", "left", "up", "grow", "counterclockwise", "clockwise")):
         x, label = answer(frames, names.index(name), names)
         assert torch.equal(x, frames.flip(2)), "mirror the width, which is axis 2 of (T, H, W, 3)"
         assert label == names.index(mirror), f"a mirrored clip of {name!r} shows {mirror!r}, you said {names[label]!r}"
