@@ -101,6 +101,7 @@ def shoot(page, name):
 
 def test_lab_is_quick_local_and_closed(lab):
     "A second `make lab` answers in under 5 s, on 127.0.0.1 only, and wants its token."
+    print(f"make lab answered after {lab.seconds:.1f} s")
     assert lab.seconds < 5, f"{lab.seconds:.1f} s"
     assert get(f"{lab.url}/api/contents")[0] == 403 and get(f"{lab.url}/api/contents", lab.token)[0] == 200
     addresses = {a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
@@ -112,21 +113,20 @@ def test_lab_is_quick_local_and_closed(lab):
 def test_run_all(lab, page):
     "Run > Run All Cells, through the menu, ends with every cell run and no error."
     path = lab.home/"nbs/tour.ipynb"
-    page.wait_for_selector(".jp-NotebookPanel-toolbar [data-status=idle], .jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000)
-    page.locator(".jp-NotebookPanel").get_by_role("textbox").first.wait_for(timeout=30_000)
+    page.get_by_text(re.compile(r"\(ipykernel\) \| Idle")).wait_for(timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    start, cells = time.time(), []
-    while time.time() - start < LIMIT:
+    start, cells, errors = time.time(), [], []
+    while time.time() - start < LIMIT and not errors:
         time.sleep(1)
         if lab.kernels()[0]["execution_state"] != "idle": continue
         page.keyboard.press("Control+s")
         time.sleep(1)
         cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
-        errors = [o["evalue"] for c in cells for o in c["outputs"] if o["output_type"] == "error"]
-        assert not errors, errors
+        errors = [f"code cell {i}: {o['ename']}: {o['evalue']}" for i, c in enumerate(cells) for o in c["outputs"] if o["output_type"] == "error"]
         if all(c["execution_count"] for c in cells) and lab.kernels()[0]["execution_state"] == "idle": break
     shoot(page, "tour")
+    assert not errors, errors
     waiting = [i for i, c in enumerate(cells) if not c["execution_count"]]
     assert cells and not waiting, f"code cells {waiting} of {len(cells)} were not run in {LIMIT} s"
 
@@ -147,9 +147,8 @@ def test_slider_changes_picture(page):
             handle.press(key)
             if handle.get_attribute("aria-valuenow") != value: break
         assert handle.get_attribute("aria-valuenow") != value, f"slider {i} does not move"
-        end = time.time() + 20
+        end = time.time() + 10
         while time.time() < end and page.evaluate(PICTURES, cell) == before: page.wait_for_timeout(200)
         shoot(page, f"slider-{i}-after")
         changed.append(page.evaluate(PICTURES, cell) != before)
-        if i >= 3 and any(changed): break
     assert any(changed), f"none of {len(changed)} sliders changed a picture"

@@ -5,12 +5,18 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+import train_toy
 from nbclient import NotebookClient
-from torch import nn
+from safetensors.torch import load_file
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
+from train_toy import Net, Points
 
+from vfm_lab.data.datasets import make_loader
+from vfm_lab.data.synth import SynthDataset
+from vfm_lab.train.callbacks import Callback, LivePlot, ProgressBar
 from vfm_lab.train.loop import NonFiniteLoss, TrainConfig, fit
-from vfm_lab.train.resume import checkpoints
+from vfm_lab.train.resume import checkpoints, fixed_order
 
 HERE = Path(__file__).parent
 ENV = dict(os.environ, PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE}", OMP_NUM_THREADS="1")
@@ -19,7 +25,8 @@ ENV = dict(os.environ, PYTHONPATH=f"{HERE.parent}{os.pathsep}{HERE}", OMP_NUM_TH
 def toy(folder, wait=True, **options):
     "Run train_toy.py in a process of its own."
     folder.mkdir(exist_ok=True)
-    process = subprocess.Popen([sys.executable, HERE / "train_toy.py", folder, json.dumps(options)], env=ENV, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, HERE / "train_toy.py", folder, json.dumps(options)]
+    process = subprocess.Popen(command, env=ENV, stderr=subprocess.PIPE, text=True)
     if wait:
         _, err = process.communicate(timeout=120)
         return process.returncode, err
@@ -85,15 +92,20 @@ def close_runs(one, two):
 def alone(tmp_path_factory):
     "One process, no randomness in data or model: what two processes must reproduce."
     folder = tmp_path_factory.mktemp("alone")
-    code, err = toy(folder, accumulate=4)
-    assert code == 0, err
+    train_toy.train(folder, accumulate=4)
     return folder
 
 
+def launch(folder, **options):
+    "accelerate launch with two CPU processes."
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port",
+               str(free_port()), HERE / "train_toy.py", folder, json.dumps(options)]
+    return subprocess.run(command, env=dict(ENV, ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=120)
+
+
 def test_two_processes_with_accelerate_launch(alone, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
-    run = subprocess.run([*launch, HERE / "train_toy.py", tmp_path, json.dumps(dict(accumulate=4))], env=ENV, capture_output=True, text=True, timeout=120)
+    run = launch(tmp_path, accumulate=4)
     assert run.returncode == 0, run.stderr
     close_runs(alone, tmp_path)
     drop = lambda h: {k: v for k, v in h.items() if k != "seconds"}
@@ -101,12 +113,140 @@ def test_two_processes_with_accelerate_launch(alone, tmp_path):
     assert len(checkpoints(tmp_path / "run")) == 2
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["fresh kernel", "after a fit in the same kernel"])
+def test_a_poisoned_clip_stops_both_processes(tmp_path):
+    run = launch(tmp_path, poisoned=7)
+    assert run.returncode == 1 and run.stderr.count("NonFiniteLoss: loss nan") == 2 and "clip7.mp4" in run.stderr, run.stderr
+    path, = checkpoints(tmp_path / "run")
+    weights = load_file(path / "model.safetensors")
+    assert len(weights) == 6 and all(w.isfinite().all() for w in weights.values())
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["fresh kernel", "kernel that has trained"])
 def test_notebook_launcher(alone, tmp_path, before):
+    train_here = f"(torch.ones(1500, 1500) @ torch.ones(1500, 1500)).sum()\ntrain_toy.train({str(tmp_path / 'before')!r}, steps=3);"
     cells = ["import torch, train_toy\nfrom accelerate import notebook_launcher",
-             f"train_toy.train({str(tmp_path / 'before')!r}, steps=3);" if before else "",
+             train_here if before else "",
              f"notebook_launcher(train_toy.train, args=({str(tmp_path)!r}, 40, 4), num_processes=2, use_port={str(free_port())!r})"]
     (tmp_path / "before").mkdir()
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=dict(metadata=dict(path=str(tmp_path)))).execute(env=ENV)
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources=dict(metadata=dict(path=str(tmp_path))))
+    client.execute(env=dict(ENV, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="4"))   # threads, which a fork would lose
     close_runs(alone, tmp_path)
+
+
+def trained(loader, **options):
+    torch.manual_seed(0)
+    model = Net()
+    return model, fit(model, loader, TrainConfig(lr=1e-2, **options))
+
+
+@pytest.mark.parametrize("batch_size", [26, 13, 10, 7])
+def test_accumulation_equals_one_big_batch(batch_size):
+    "Even and uneven: 26+26, 4×13, 5×10+2, 7×7+3."
+    big, h1 = trained(DataLoader(Points(), batch_size=52), steps=5)
+    small, h2 = trained(DataLoader(Points(), batch_size=batch_size), steps=5, accumulate=-(-52 // batch_size))
+    for a, b in zip(big.parameters(), small.parameters()): assert_close(b, a, atol=1e-5, rtol=1e-5)
+    for k in ("loss", "mae", "grad_norm"): assert_close(h2[k], h1[k], atol=1e-5, rtol=1e-5)
+
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        for i in range(20): yield dict(x=torch.rand(1), name=str(i))
+
+
+class Reporting(DataLoader):
+    "A loader with something to say at the end of an epoch."
+    ended = 0
+    def __iter__(self):
+        yield from super().__iter__()
+        Reporting.ended += 1
+
+
+ITEMS = [dict(x=torch.tensor([i]), name=str(i)) for i in range(20)]
+LOADERS = {
+    "shuffled": lambda: DataLoader(ITEMS, batch_size=6, shuffle=True),
+    "own generator": lambda: DataLoader(ITEMS, batch_size=6, shuffle=True, generator=torch.Generator().manual_seed(9)),
+    "weighted": lambda: DataLoader(ITEMS, batch_size=6, sampler=WeightedRandomSampler(torch.arange(20.), 20)),
+    "persistent workers": lambda: DataLoader(Points(0.1), batch_size=20, shuffle=True, num_workers=2, persistent_workers=True),
+    "of the data room": lambda: make_loader(SynthDataset(20, frames=2, size=16), 6, shuffle=True, seed=1),
+    "iterable": lambda: DataLoader(Numbers(), batch_size=6),
+    "iterable with a worker": lambda: DataLoader(Numbers(), batch_size=6, num_workers=1),
+    "list": lambda: [dict(x=torch.rand(4, generator=torch.Generator().manual_seed(i)), name=["a"] * 4) for i in range(3)],
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_an_epoch_can_be_entered_anywhere(kind):
+    flat = lambda batches: [(b["name"], b["x" if "x" in b else "clip"].tolist()) for b in batches]
+    one, other = fixed_order(LOADERS[kind](), seed=3), fixed_order(LOADERS[kind](), seed=3)
+    epochs = [flat(one(e)) for e in range(3)]
+    assert flat(other(2, 1)) == epochs[2][1:] and flat(other(0)) == epochs[0]
+    if kind != "list": assert epochs[0] != epochs[1]
+
+
+def test_a_loader_of_your_own_class_stays_one():
+    Reporting.ended = 0
+    trained(Reporting(Points(), batch_size=26), steps=5)
+    assert Reporting.ended == 2
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "list"])
+def test_processes_share_every_batch(kind):
+    whole = list(fixed_order(LOADERS[kind](), 3)(1))
+    shares = [list(fixed_order(LOADERS[kind](), 3, rank, 3)(1)) for rank in range(3)]
+    for i, parts in enumerate(zip(*shares)):
+        for rank, part in enumerate(parts): assert torch.equal(part["x"], whole[i]["x"][rank::3])
+    assert len(shares[0]) == len(shares[1]) == len(shares[2]) == len([b for b in whole if len(b["x"]) >= 3])
+
+
+def test_bf16():
+    _, full = trained(DataLoader(Points(), batch_size=13), steps=30)
+    model, half = trained(DataLoader(Points(), batch_size=13), steps=30, precision="bf16")
+    assert full["loss"] != half["loss"]
+    assert_close(half["loss"], full["loss"], atol=0.1 * max(full["loss"]), rtol=0)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert model(next(iter(DataLoader(Points(), batch_size=4))))["error"].dtype == torch.float32   # autocast is gone again
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this is about machines without a GPU")
+def test_fp16_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match="fp16 needs a GPU"): trained(DataLoader(Points(), batch_size=13), steps=1, precision="fp16")
+    trained(DataLoader(Points(), batch_size=13), steps=1)   # and leaves nothing behind
+
+
+def test_non_finite_loss(tmp_path):
+    class End(Callback):
+        called = False
+        def on_end(self, run): self.called = True
+    torch.manual_seed(0)
+    model, end = Net(), End()
+    config = TrainConfig(steps=20, lr=1e-2, warmup=10, folder=tmp_path)
+    with pytest.raises(NonFiniteLoss) as caught: fit(model, DataLoader(Points(poisoned=30), batch_size=8), config, callbacks=[end])
+    assert (caught.value.step, caught.value.names) == (4, [f"clip{i}.mp4" for i in range(24, 32)]) and abs(caught.value.lr - 4e-3) < 1e-12
+    assert all(text in str(caught.value) for text in ("step 4", "4.00e-03", "clip30.mp4", "step_00000003"))
+    assert end.called and all(p.isfinite().all() for p in model.parameters())
+    saved = load_file(checkpoints(tmp_path)[-1] / "model.safetensors")
+    for name, w in model.state_dict().items(): assert torch.equal(saved[name], w)
+    again = fit(model, DataLoader(Points(), batch_size=8), config)   # the clip is repaired: the run goes on
+    assert again["step"] == list(range(1, 21))
+    torch.manual_seed(0)
+    whole = fit(Net(), DataLoader(Points(), batch_size=8), TrainConfig(steps=20, lr=1e-2, warmup=10))
+    assert again["loss"] == whole["loss"]
+
+
+def test_another_config_in_the_same_folder_is_refused(tmp_path):
+    loader = DataLoader(Points(), batch_size=13)
+    _, first = trained(loader, steps=3, folder=tmp_path)
+    with pytest.raises(ValueError, match="lr was 0.01, now 0.1"): fit(Net(), loader, TrainConfig(steps=3, lr=0.1, folder=tmp_path))
+    assert trained(loader, steps=3, folder=tmp_path, save_every=1, keep=1)[1] == first   # how often to save does not matter
+
+
+def test_an_empty_loader_is_refused():
+    with pytest.raises(ValueError, match="no batch"): trained([], steps=1)
+
+
+def test_in_a_terminal(capsys):
+    _, history = trained(DataLoader(Points(), batch_size=13), steps=3)
+    fit(Net(), DataLoader(Points(), batch_size=13), TrainConfig(steps=3), callbacks=[ProgressBar(), LivePlot()])
+    out, err = capsys.readouterr()
+    assert out == "" and "3/3" in err and "loss=" in err

@@ -11,12 +11,13 @@ from vfm_lab.train.loop import TrainConfig, fit
 
 
 class Points:
-    "52 points; with `noise` each reading of a point is another one, like an augmented clip."
-    def __init__(self, noise=0.0): self.noise = noise
+    "52 points; with `noise` each reading of a point is another one, like an augmented clip. The poisoned point is NaN."
+    def __init__(self, noise=0.0, poisoned=-1): self.noise, self.poisoned = noise, poisoned
     def __len__(self): return 52
     def __getitem__(self, i):
         x = torch.linspace(-1, 1, 8) * (i / 26 - 1)
-        return dict(x=x + self.noise * torch.randn(8), y=x.sin().sum(), name=f"clip{i}.mp4")
+        y = (x + x.sin()).sum() if i != self.poisoned else torch.tensor(torch.nan)
+        return dict(x=x + self.noise * torch.randn(8), y=y, name=f"clip{i}.mp4")
 
 
 class Net(nn.Module):
@@ -40,12 +41,12 @@ class DieIn(Callback):
         if run.step == self.step - 1: os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(folder, steps=40, accumulate=1, noise=0.0, workers=0, slow=False, die_in=0, save_every=5, precision="no"):
+def train(folder, steps=40, accumulate=1, noise=0.0, workers=0, slow=False, die_in=0, save_every=5, poisoned=-1):
     "Train and leave `history.json` (one per process) and `final.pt` in the folder."
     torch.manual_seed(0)
     model = Net(dropout=0.1 if noise else 0.0)
-    loader = DataLoader(Points(noise), batch_size=10, shuffle=True, num_workers=workers)   # the last batch of an epoch has 2
-    config = TrainConfig(steps=steps, lr=1e-2, warmup=4, clip_grad=1.0, accumulate=accumulate, precision=precision,
+    loader = DataLoader(Points(noise, poisoned), batch_size=10, shuffle=True, num_workers=workers)   # the last batch of an epoch has 2
+    config = TrainConfig(steps=steps, lr=1e-2, warmup=4, clip_grad=1.0, accumulate=accumulate,
                          folder=Path(folder) / "run", save_every=save_every)
     history = fit(model, loader, config, callbacks=[Slow()] * slow + [DieIn(die_in)] * (die_in > 0))
     rank = os.environ.get("RANK", "0")

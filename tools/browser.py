@@ -32,7 +32,7 @@ def sources():
     yield "Playwright's", None, own
     yield "playwright install", [*playwright, "install", "chromium"], own
     if root and shutil.which("apt-get"):
-        yield "playwright install-deps", [*playwright, "install-deps", "chromium"], own
+        if own(): yield "playwright install-deps", [*playwright, "install-deps", "chromium"], own
         yield "apt-get install", ["sh", "-c", "apt-get update -qq && apt-get install -y -qq chromium"], named
 
 @lru_cache

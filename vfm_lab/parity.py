@@ -6,7 +6,7 @@
 __all__ = ['Outputs', 'SYSTEMS', 'Case', 'read_case', 'system', 'umt_stage1', 'umt_teacher_conversion', 'umt_finetune',
            'clip_vision', 'clip_text', 'videomae_v2_masks', 'Line', 'compare', 'run_case', 'parity']
 
-# %% ../nbs/20_parity.ipynb #3b0cae36
+# %% ../nbs/20_parity.ipynb #6eb2c42f
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,10 +21,9 @@ from torch.nn import functional as F
 from .models.checkpoints import load_weights
 from .models.clip import (CLIPText, CLIPVision, inflate_stem, resize_frames, resize_grid, text_from_transformers, vision_from_openai,
                                  vision_from_transformers)
-from .models.umt import UMT, UMTClassifier, UMTStudent, classifier_from_finetuned
+from .models.umt import UMTClassifier, UMTStudent, classifier_from_finetuned, teacher_target
 from .objectives.alignment import uta_loss
 from .tokens.masking import mask_from_order, repeat_in_time, running_cell_mask
-from .tokens.patching import visible_indices
 
 # %% ../nbs/20_parity.ipynb #b27d97b3
 @dataclass
@@ -71,7 +70,7 @@ def _vit(c: dict) -> dict:
     return dict(image_size=c["image_size"], patch=c["patch_size"], frames=c["num_frames"], tubelet=c["tubelet_size"], dim=c["embed_dim"], depth=c["depth"],
                 heads=c["num_heads"], mlp_ratio=c["mlp_ratio"], bias="qv" if c["qkv_bias"] else "none", layer_scale=c["layer_scale"], drop_path=c["drop_path"])
 
-# %% ../nbs/20_parity.ipynb #160cd671
+# %% ../nbs/20_parity.ipynb #b75a5d45
 @system("umt_stage1")
 def umt_stage1(case: Case) -> Outputs:
     c, clip = case.config, case.inputs["clip"]
@@ -79,7 +78,6 @@ def umt_stage1(case: Case) -> Outputs:
     teacher = CLIPVision(c["teacher_image_size"], c["teacher_patch_size"], c["teacher_embed_dim"], c["teacher_depth"], c["teacher_num_heads"], c["teacher_output_dim"], c["teacher_mlp_ratio"])
     load_weights(student, case.part("student."))
     load_weights(teacher, case.part("teacher."), vision_from_openai)
-    umt = UMT(student, teacher, c["mask_ratio"], loss=c["loss_type"]).eval()
     hidden, attention = teacher.teach(clip, c["num_return_layers"])
     B, T, S = attention.shape
     mask = mask_from_order(case.inputs["draw_order"].view(B, T, S), S - int(S * c["mask_ratio"]), S)
@@ -88,7 +86,7 @@ def umt_stage1(case: Case) -> Outputs:
     projected = student.project(encoded, mask)
     return {"mask": mask, "encoder_features": encoded, "student_features": projected, "teacher_clip": resize_frames(clip, teacher.image_size),
             "teacher_features": F.normalize(teacher.project(hidden), dim=-1), "teacher_cls_attention": attention.flatten(0, 1),
-            "loss": uta_loss(projected, umt.target(hidden, mask), c["loss_type"]), "position_table": student.encoder.pos}
+            "loss": uta_loss(projected, teacher_target(teacher, hidden, mask), c["loss_type"]), "position_table": student.encoder.pos}
 
 # %% ../nbs/20_parity.ipynb #eef221de
 @system("umt_teacher_conversion")

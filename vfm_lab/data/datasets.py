@@ -25,15 +25,14 @@ from .reader import VideoReadError, read_frames, sparse_indices
 from .synth import item_generator
 from .transforms import eval_transform
 
-# %% ../../nbs/data/30_datasets.ipynb #bc47285d
-def _lines(file: Path) -> list[tuple[int, str]]:
-    "Line numbers and lines that are not blank; a manifest that is missing, binary or empty raises `ValueError`."
+# %% ../../nbs/data/30_datasets.ipynb #ee765682
+def _text(file: Path) -> str:
+    "The text of a list of clips; a file that is missing, binary or empty raises `ValueError`."
     try: text = file.read_text(encoding="utf-8-sig")
     except OSError as e: raise ValueError(f"{file}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e: raise ValueError(f"{file}: not a text file") from e
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines: raise ValueError(f"{file}: empty, there is no clip in it")
-    return lines
+    if not text.strip(): raise ValueError(f"{file}: empty, there is no clip in it")
+    return text
 
 def _cut(line: str, sep: str, columns: int = 0) -> list[str]:
     if sep == " ": return line.strip().rsplit(maxsplit=columns - 1 if columns else -1)
@@ -62,7 +61,7 @@ def _check_files(file: Path, entries: list[tuple[str, Path, object]]) -> None:
         raise ValueError(f"{file}, {missing[0][0]}: no file {missing[0][1]} ({len(missing)} of {len(entries)} files are missing; "
                          "relative paths are looked up from `root`, or from the folder of this file)")
 
-# %% ../../nbs/data/30_datasets.ipynb #56627467
+# %% ../../nbs/data/30_datasets.ipynb #e4824b70
 def read_manifest(
     file: str | Path,                # the manifest
     root: str | Path | None = None,  # where relative paths start; None: the folder of the manifest
@@ -70,13 +69,15 @@ def read_manifest(
 ) -> list[dict]:                     # one {"path": str, "label": int} per clip
     "Clips and labels of a manifest; bad lines, missing and repeated files raise `ValueError` naming file and line."
     file, rows, entries = Path(file), [], []
-    lines = _lines(file)
+    lines = [(n, line) for n, line in enumerate(_text(file).splitlines(), 1) if line.strip()]
     sep, columns, at_path, at_label, header = _layout(lines[0][1], sep)
     for n, line in lines[header:]:
         fields = _cut(line, sep, columns)
-        if len(fields) != columns: raise ValueError(f"{file}, line {n}: {len(fields)} columns instead of {columns} (separator {sep!r}): {line!r}")
+        if len(fields) != columns or not fields[at_path]:
+            raise ValueError(f"{file}, line {n}: expected {columns} columns separated by {sep!r}, got {line!r}")
         label = fields[at_label]
-        if not label.removeprefix("-").isdecimal(): raise ValueError(f"{file}, line {n}: the label {label!r} is not a whole number (separator {sep!r})")
+        if not label.removeprefix("-").isdecimal():
+            raise ValueError(f"{file}, line {n}: the label {label!r} is not a whole number (separator {sep!r})")
         path = Path(root or file.parent) / fields[at_path]
         rows.append({"path": str(path), "label": int(label)})
         entries.append((f"line {n}", path, path))
@@ -108,21 +109,22 @@ def load_clip(
     clips = torch.stack([_call(transform, frames, generator) for _ in range(views)])
     return clips[0] if views == 1 else clips.flatten(0, -5)
 
-# %% ../../nbs/data/30_datasets.ipynb #84f144c4
+# %% ../../nbs/data/30_datasets.ipynb #09e06a56
 class VideoDataset(Dataset):
     "Videos with something known about each; an item is {clip, path, index, label or caption, …}."
     tries = 10  # so many unreadable clips in a row end the run under "skip" too
     def __init__(self,
         items: list[dict],                            # one dict per item: "path", "index" and what else the batch shall hold
         *, sampler: Callable = sparse_indices,        # frame count -> frame numbers, see `load_clip`
-        transform: Callable = eval_transform(224),    # frames -> clip
+        transform: Callable | None = None,            # frames -> clip; None: `eval_transform(224)`
         views: int = 1,                               # repeated augmentation: transform each decoded clip so often
         on_error: str = "raise",                      # "raise", or "skip": take another clip and report it
     ):
         if not items: raise ValueError("a dataset needs at least one item")
         if views < 1: raise ValueError(f"views must be at least 1, got {views}")
         if on_error not in ("raise", "skip"): raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
-        self.items, self.sampler, self.transform, self.views, self.on_error = items, sampler, transform, views, on_error
+        self.items, self.sampler, self.transform = items, sampler, transform or eval_transform(224)
+        self.views, self.on_error = views, on_error
 
     def __len__(self): return len(self.items)
 
@@ -198,10 +200,9 @@ class VideoCaptions(VideoDataset):
         _check_files(file, entries)
         super().__init__(items, **options)
 
-# %% ../../nbs/data/30_datasets.ipynb #9077fa51
+# %% ../../nbs/data/30_datasets.ipynb #a0e0b645
 def _captions(file: Path) -> Iterator[tuple[str, list[str]]]:
-    text = "\n".join(line for _, line in _lines(file))
-    try: entries = json.loads(text)
+    try: entries = json.loads(_text(file))
     except json.JSONDecodeError as e: raise ValueError(f"{file}: not JSON ({e})") from e
     if not isinstance(entries, list) or not entries: raise ValueError(f"{file}: expected a list of {{\"video\", \"caption\"}}")
     for n, entry in enumerate(entries, 1):
@@ -211,14 +212,14 @@ def _captions(file: Path) -> Iterator[tuple[str, list[str]]]:
             raise ValueError(f"{file}, entry {n}: needs \"video\" and a \"caption\" (text, or a list of texts), got {str(entry)[:80]}")
         yield video, captions
 
-# %% ../../nbs/data/30_datasets.ipynb #86b2166d
+# %% ../../nbs/data/30_datasets.ipynb #67393099
 def collate(
     items: list[dict],  # items of a dataset; "clip" is (3, T, H, W), or (V, 3, T, H, W) for V views
 ) -> dict:              # "clip" (B·V, 3, T, H, W); tensors and lists of length B·V; "skipped": all messages
     "A batch dict; views become clips of their own."
     many = [1 if item["clip"].ndim == 4 else len(item["clip"]) for item in items]
     batch = {"clip": torch.cat([item["clip"].view(-1, *item["clip"].shape[-4:]) for item in items])}
-    for key in items[0].keys() - {"clip", "skipped"}:
+    for key in [k for k in items[0] if k not in ("clip", "skipped")]:
         values = [item[key] for item, v in zip(items, many) for _ in range(v)]
         if torch.is_tensor(values[0]): batch[key] = torch.stack(values)
         else: batch[key] = torch.tensor(values) if isinstance(values[0], (int, float)) else values
@@ -268,7 +269,7 @@ class Loader(DataLoader):
             yield batch
         if skipped: print(skip_report(skipped), file=sys.stderr)
 
-# %% ../../nbs/data/30_datasets.ipynb #9c00787d
+# %% ../../nbs/data/30_datasets.ipynb #f6ec77df
 def make_loader(
     dataset: Dataset,         # map-style, items are dicts with "clip"
     batch_size: int,          # decoded clips per batch, B; with V views the batch holds B·V
@@ -278,8 +279,10 @@ def make_loader(
     drop_last: bool = False,  # leave out the last batch if it is smaller
 ) -> Loader:                  # the same batches for any number of workers
     "Batches that depend on seed, epoch and index only; raises `ValueError` if there would be none."
-    if isinstance(getattr(dataset, "dataset", None), VideoDataset): raise ValueError("use `dataset.subset(indices)` instead of torch's Subset")
-    if drop_last and len(dataset) < batch_size: raise ValueError(f"{len(dataset)} clips do not fill one batch of {batch_size}: no batch would be left")
+    if isinstance(getattr(dataset, "dataset", None), VideoDataset):
+        raise ValueError("use `dataset.subset(indices)` instead of torch's Subset, which hides the item's random numbers")
+    if drop_last and len(dataset) < batch_size:
+        raise ValueError(f"{len(dataset)} clips do not fill a batch of {batch_size}: none would be left")
     sampler = EpochSampler(len(dataset), shuffle, seed, keyed=isinstance(dataset, VideoDataset))
     return Loader(dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=drop_last,
                   pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0, generator=item_generator(seed, -1))

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'MOTIONS', 'VERBS', 'RGB', 'DIGITS', 'motion_dials', 'sprite_bank', 'place_sprites', 'backgrounds',
-           'SynthBatch', 'to_frames', 'synth_clips', 'object_share', 'SynthDataset', 'item_generator', 'SynthMoments',
+           'to_frames', 'SynthBatch', 'synth_clips', 'object_share', 'item_generator', 'SynthDataset', 'SynthMoments',
            'synth_moments', 'digit_bank', 'digit_clips', 'save_clip']
 
-# %% ../../nbs/data/00_synth.ipynb #0ab6f99d
+# %% ../../nbs/data/00_synth.ipynb #9a820558
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -99,7 +98,14 @@ def backgrounds(
     grid = F.affine_grid(theta.flatten(0, 1), [b * frames, 1, h, w], align_corners=False).view(b, frames * h, w, 2)
     return .1 + F.grid_sample(texture, grid, align_corners=False).view(b, 3, frames, h, w)
 
-# %% ../../nbs/data/00_synth.ipynb #c0510432
+# %% ../../nbs/data/00_synth.ipynb #75c6a2a5
+def to_frames(
+    clip: Tensor,   # (3, T, H, W) float in [0, 1]
+) -> Tensor:        # uint8 (T, H, W, 3)
+    "A clip as a decoded video."
+    return (clip.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).contiguous()
+
+# %% ../../nbs/data/00_synth.ipynb #14ed2e6b
 @dataclass
 class SynthBatch:
     "Clips with everything that is known about them."
@@ -121,13 +127,7 @@ class SynthBatch:
         "Clip `i` as a decoded video: uint8 (T, H, W, 3)."
         return to_frames(self.clip[i])
 
-def to_frames(
-    clip: Tensor,   # (3, T, H, W) float in [0, 1]
-) -> Tensor:        # uint8 (T, H, W, 3)
-    "A clip as a decoded video."
-    return (clip.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).contiguous()
-
-# %% ../../nbs/data/00_synth.ipynb #b38a0bf8
+# %% ../../nbs/data/00_synth.ipynb #10d1d48f
 SMALL, LARGE = .13, .26          # radius of the object, in units of the shorter side
 TINY = .07                       # radius of a distractor
 
@@ -147,6 +147,7 @@ def _object(canvas, sprites, color, dials):
                            (SMALL + radius * (LARGE - SMALL)) * short, 2 * math.pi * angle)
     return canvas, alpha > .5
 
+# %% ../../nbs/data/00_synth.ipynb #e2553492
 def _distractor(canvas, kind, color, travel, generator):
     "Draw one distractor per clip: another shape, another colour, still or drifting with the background."
     (b, _, t, h, w), dev = canvas.shape, canvas.device
@@ -210,7 +211,16 @@ def object_share(
     "The share of each token's pixels that the object covers."
     return F.avg_pool3d(mask[:, None].float(), (tubelet, patch, patch)).flatten(1)
 
-# %% ../../nbs/data/00_synth.ipynb #f7097abd
+# %% ../../nbs/data/00_synth.ipynb #c010a870
+def item_generator(
+    seed: int,           # of the dataset
+    i: int,              # of the item
+) -> torch.Generator:    # on the CPU
+    "A generator for one item, the same on every machine and in every worker."
+    digest = hashlib.blake2s(f"{seed},{i}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+# %% ../../nbs/data/00_synth.ipynb #7f047b58
 class SynthDataset(torch.utils.data.Dataset):
     "Map-style dataset of synthetic clips: item i depends on (seed, i) alone."
     def __init__(self,
@@ -234,15 +244,7 @@ class SynthDataset(torch.utils.data.Dataset):
         item |= {k: int(getattr(b, k)) for k in ("shape", "color", "motion")}
         return item | {"label": item[self.label]}
 
-def item_generator(
-    seed: int,           # of the dataset
-    i: int,              # of the item
-) -> torch.Generator:    # on the CPU
-    "A generator for one item, the same on every machine and in every worker."
-    digest = hashlib.blake2s(f"{seed},{i}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-# %% ../../nbs/data/00_synth.ipynb #ec4aa5a5
+# %% ../../nbs/data/00_synth.ipynb #7bb470ec
 @dataclass
 class SynthMoments:
     "A long clip and what happens when."
@@ -254,6 +256,7 @@ class SynthMoments:
         "The clip as a decoded video: uint8 (T, H, W, 3)."
         return to_frames(self.clip)
 
+# %% ../../nbs/data/00_synth.ipynb #fc841dfe
 def synth_moments(
     *,
     segments: int = 4,                          # moments in the clip, at most 6; no two share a colour
@@ -265,20 +268,23 @@ def synth_moments(
     "One long clip in which different objects take turns, with timestamps; raises `ValueError` if the segments do not fit."
     dev = generator.device if generator else None
     draw = lambda high, k: torch.randint(high, (k,), generator=generator, device=dev)
-    if not 1 <= segments <= min(len(COLORS), frames // 2): raise ValueError(f"{segments} segments do not fit {frames} frames and 6 colours")
+    if not 1 <= segments <= min(len(COLORS), frames // 2):
+        raise ValueError(f"{segments} segments do not fit {frames} frames and {len(COLORS)} colours")
     least = max(2, frames // (2 * segments))                      # no moment is shorter than half its fair share
     cuts = draw(frames - least * segments + 1, segments - 1).sort().values.tolist()
     edges = [0] + [c + least * (k + 1) for k, c in enumerate(cuts)] + [frames]
-    shape, motion, color = draw(len(SHAPES), segments), draw(len(MOTIONS), segments), torch.randperm(len(COLORS), generator=generator, device=dev)[:segments]
+    shape, motion = draw(len(SHAPES), segments), draw(len(MOTIONS), segments)
+    color = torch.randperm(len(COLORS), generator=generator, device=dev)[:segments]
     hw = _hw(size)
     clip = backgrounds(_drift(1, generator, shape.device), frames, hw, generator)
     sprites = sprite_bank(math.ceil(2 * LARGE * min(hw))).to(shape.device)[shape]
     for k, (a, b) in enumerate(zip(edges, edges[1:])):
-        clip[:, :, a:b] = _object(clip[:, :, a:b], sprites[k:k + 1], color[k:k + 1], motion_dials(motion[k:k + 1], b - a, generator))[0]
+        dials = motion_dials(motion[k:k + 1], b - a, generator)
+        clip[:, :, a:b] = _object(clip[:, :, a:b], sprites[k:k + 1], color[k:k + 1], dials)[0]
     captions = SynthBatch(clip, clip, shape, color, motion).captions
     return SynthMoments(clip[0], [(a / fps, b / fps, c) for a, b, c in zip(edges, edges[1:], captions)], fps)
 
-# %% ../../nbs/data/00_synth.ipynb #edbcafee
+# %% ../../nbs/data/00_synth.ipynb #a309cf55
 @lru_cache(maxsize=4)
 def digit_bank(
     res: int,                   # side of a sprite in pixels
@@ -287,13 +293,14 @@ def digit_bank(
     from sklearn.datasets import load_digits
     images, target = load_digits(return_X_y=True)
     ink = torch.as_tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    side = round(.7 * res)                                          # a square inside the circle of radius 1
+    side = round(.8 * res)                                          # corners are empty, so it stays inside the circle
     ink = (F.interpolate(ink, (side, side), mode="bicubic") * 2 - .5).clamp(0, 1)
     before = (res - side) // 2
     alpha = F.pad(ink, (before, res - side - before) * 2)
-    shade = torch.where(torch.arange(res) < .6 * res, 1., .4)[:, None].expand_as(alpha)   # a dark foot tells 6 from 9
+    shade = torch.where(torch.arange(res) < .6 * res, 1., .55)[:, None].expand_as(alpha)   # a dark foot tells 6 from 9
     return torch.cat([alpha, shade], 1), torch.as_tensor(target).long()
 
+# %% ../../nbs/data/00_synth.ipynb #7696a9d3
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 def digit_clips(

@@ -173,7 +173,7 @@ def _train(frames, size, stats, crop, flip, policy, erase, generator=None):
     clip = normalize(to_clip(frames), stats)
     return random_erase(clip, erase, generator=generator) if erase else clip
 
-# %% ../../nbs/data/20_transforms.ipynb #3ac15c8e
+# %% ../../nbs/data/20_transforms.ipynb #7a235282
 def train_transform(
     size: int,                            # side of the model's input, pixels
     *, stats: str = "imagenet",           # name in `STATS`
@@ -187,7 +187,8 @@ def train_transform(
     if not callable(crop) and crop not in CROPS: raise ValueError(f"no crop named {crop!r}: choose one of {', '.join(CROPS)}")
     try: rand_augment_transform(rand_augment or "rand", {})
     except AssertionError as e: raise ValueError(f"timm does not know the RandAugment policy {rand_augment!r}") from e
-    return partial(_train, size=size, stats=stats, crop=crop if callable(crop) else CROPS[crop], flip=flip, policy=rand_augment, erase=erase)
+    box = crop if callable(crop) else CROPS[crop]
+    return partial(_train, size=size, stats=stats, crop=box, flip=flip, policy=rand_augment, erase=erase)
 
 # %% ../../nbs/data/20_transforms.ipynb #31f149ef
 def resize_short(
@@ -214,12 +215,12 @@ def _views(frames, size, stats, crops, generator=None):
     out = [normalize(to_clip(crop_resize(c, b, (size, size))), stats) for c in small for b in view_boxes(*c.shape[1:3], crops)]
     return out[0] if frames.ndim == 4 and crops == 1 else torch.stack(out)
 
-# %% ../../nbs/data/20_transforms.ipynb #2ea58769
+# %% ../../nbs/data/20_transforms.ipynb #98894a4c
 def eval_transform(
     size: int,                   # side of the model's input, pixels
     *, stats: str = "imagenet",  # name in `STATS`
     crops: int = 1,              # squares per clip: 1 (centre), or 3 (both ends too)
-) -> Callable:                   # (frames uint8, generator=None) -> (3, T, size, size), or (K·crops, 3, T, size, size) for views
+) -> Callable:                   # (frames, generator=None) -> (3, T, size, size), or (K·crops, 3, T, size, size) for views
     "Shorter side to `size`, square crops, normalisation. Frames (K, T, H, W, 3) or `crops` > 1 give views, clip by clip."
     _stats(stats, torch.empty(0))
     return partial(_views, size=size, stats=stats, crops=crops)

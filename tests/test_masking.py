@@ -1,0 +1,94 @@
+"""Masks over many grids, ratios and devices: what one notebook page cannot show."""
+import pytest
+import torch
+
+from vfm_lab.tokens.masking import attention_sampled_mask, frame_mask, random_mask, running_cell_mask, tube_mask
+from vfm_lab.tokens.patching import gather_patches, gather_tokens, patchify, visible_indices
+
+GRIDS = [(1, 2, 2), (2, 4, 6), (8, 14, 14), (3, 7, 5)]
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+
+
+def attention(grid, batch=3, device="cpu"):
+    t, h, w = grid
+    return torch.rand(batch, t, h * w, generator=torch.Generator().manual_seed(1)).add(.01).to(device)
+
+
+def make(strategy, grid, ratio, generator=None, device="cpu", batch=3):
+    if strategy == "attention": return attention_sampled_mask(attention(grid, batch, device), ratio, generator=generator)
+    return {"random": random_mask, "tube": tube_mask, "frame": frame_mask}[strategy](batch, grid, ratio, generator=generator, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("strategy", ["random", "tube", "frame", "attention"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_count(strategy, grid, device):
+    t, h, w = grid
+    for ratio in (0, .29, .5, .75, .8, .9):
+        mask = make(strategy, grid, ratio, device=device)
+        hidden = {"random": int(t * h * w * ratio), "frame": int(t * ratio) * h * w}.get(strategy, t * int(h * w * ratio))
+        assert mask.shape == (3, t * h * w) and mask.dtype == torch.bool and mask.device.type == device
+        assert mask.sum(1).tolist() == [hidden] * 3
+        assert torch.equal(visible_indices(mask), torch.stack([(~m).nonzero()[:, 0] for m in mask]))
+
+
+@pytest.mark.parametrize("strategy", ["random", "tube", "frame", "attention"])
+@pytest.mark.parametrize("ratio", [-.1, 1, 1.5])
+def test_impossible_ratio(strategy, ratio):
+    with pytest.raises(ValueError, match="ratio"): make(strategy, (2, 4, 4), ratio)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("strategy", ["random", "tube", "frame", "attention"])
+def test_a_cpu_generator_gives_the_same_mask_on_every_device(strategy, device):
+    draw = lambda seed, dev: make(strategy, (8, 6, 6), .5, torch.Generator().manual_seed(seed), dev).cpu()
+    assert torch.equal(draw(5, device), draw(5, "cpu")) and not torch.equal(draw(5, device), draw(6, "cpu"))
+
+
+def test_without_a_generator_the_global_seed_decides():
+    for strategy in ("random", "tube", "frame", "attention"):
+        draws = []
+        for seed in (0, 0):
+            torch.manual_seed(seed)
+            draws.append(make(strategy, (8, 6, 6), .5))
+        assert torch.equal(*draws)
+
+
+def test_every_choice_of_hidden_places_is_equally_likely():
+    masks = random_mask(12000, (1, 2, 2), .5, generator=torch.Generator().manual_seed(0))
+    codes = (masks * torch.tensor([8, 4, 2, 1])).sum(1)
+    counts = torch.bincount(codes)
+    counts = counts[counts > 0].float()
+    assert len(counts) == 6 and ((counts - 2000) ** 2 / 2000).sum() < 20.5  # chi², 5 degrees of freedom, p = 0.001
+
+
+def test_attention_sampling_has_the_law_of_successive_draws():
+    a = torch.tensor([.5, .3, .2])
+    kept = ~attention_sampled_mask(a.expand(20000, 1, -1), .4, generator=torch.Generator().manual_seed(0))  # hides int(1.2) = 1, keeps two
+    last = (~kept).float().mean(0)  # P(i is left over) = sum over the orders of the two others
+    want = torch.tensor([.3 * .2 / .7 + .2 * .3 / .8, .5 * .2 / .5 + .2 * .5 / .8, .5 * .3 / .5 + .3 * .5 / .7])
+    assert (kept.sum(1) == 2).all() and (last - want).abs().max() < .015
+
+
+def test_attention_may_be_half_precision_not_contiguous_and_partly_zero():
+    a = attention((4, 6, 6))
+    for odd in (a.half(), a.bfloat16(), a.transpose(1, 2).contiguous().transpose(1, 2)):
+        assert ((~attention_sampled_mask(odd, .75)).view(3, 4, 36).sum(2) == 9).all()
+    a[..., 10:] = 0
+    assert not attention_sampled_mask(a, .75).view(3, 4, 36)[..., 10:].logical_not().any()  # 9 kept, all of positive attention
+    a[0, 0] = 0
+    with pytest.raises(RuntimeError): attention_sampled_mask(a, .75)
+
+
+@pytest.mark.parametrize("ratio", [.25, .5, .75])
+def test_running_cell_is_balanced_over_any_four_slots(ratio):
+    mask = running_cell_mask(8, (9, 4, 6), ratio, generator=torch.Generator().manual_seed(0)).view(8, 9, 4, 6)
+    for start in range(6): assert ((~mask[:, start:start + 4]).sum(1) == 4 - 4 * ratio).all()
+    assert (mask.float().mean((2, 3)) == ratio).all()
+
+
+def test_gathering_before_and_after_the_cut_agree_for_every_strategy():
+    clip, grid = torch.randn(3, 3, 4, 12, 20), (2, 3, 5)
+    for strategy in ("random", "tube", "frame", "attention"):
+        indices = visible_indices(make(strategy, grid, .5))
+        assert torch.equal(gather_patches(clip, indices, 4, 2), gather_tokens(patchify(clip, 4, 2), indices))
