@@ -21,4 +21,6 @@ def test_every_module_has_checks(): assert all(any(c.__module__ == m.__name__ fo
 @pytest.mark.parametrize("answer", [stub, nothing])
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: f"{c.__module__.rpartition('.')[2]}.{c.__name__}")
 def test_an_empty_answer_is_refused(check, answer):
-    with pytest.raises((AssertionError, NotImplementedError)): check(answer)
+    try: check(answer)
+    except Exception: return   # an assertion with a hint, or whatever the missing answer breaks
+    pytest.fail("an empty answer passes")
