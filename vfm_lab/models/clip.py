@@ -160,7 +160,7 @@ class CLIP(nn.Module):
         a, b = self.vision(batch["image"]), self.text(batch["ids"])
         return {"loss": contrastive_loss(a, b, self.logit_scale.exp().clamp(max=100), batch.get("idx"))}
 
-# %% ../../nbs/models/10_clip.ipynb #504d63fb
+# %% ../../nbs/models/10_clip.ipynb #a1b2f0da
 def tiny_clip() -> CLIP:  # in evaluation mode
     "The CLIP trained in this chapter on 64-pixel synthetic frames with ImageNet statistics; its weights ship with the lab."
     path = asset("weights/tiny_clip.safetensors")
@@ -181,7 +181,7 @@ def tokenize(
     "Texts as ids for the tiny CLIP; raises `ValueError` for a word it does not know."
     known = tiny_tokenizer().get_vocab()
     odd = {w for t in texts for w in t.lower().split() if w not in known}
-    if odd: raise ValueError(f"the tiny CLIP does not know {sorted(odd)}; it knows {[w for w in known if w[0] != '<']}")
+    if odd: raise ValueError(f"the tiny CLIP does not know {sorted(odd)}; it knows {[w for w in sorted(known, key=known.get) if w[0] != '<']}")
     return torch.tensor([e.ids for e in tiny_tokenizer().encode_batch(texts)])
 
 # %% ../../nbs/models/10_clip.ipynb #56fa601b

@@ -98,7 +98,7 @@ def attention_sampled_mask(
     order = torch.multinomial(p.to(generator.device) if generator else p, keep, generator=generator).to(attention.device)
     return mask_from_order(order.view(B, t, keep), keep, n)
 
-# %% ../../nbs/tokens/20_masking.ipynb #e9287514
+# %% ../../nbs/tokens/20_masking.ipynb #05daf57d
 def running_cell_mask(
     batch: int,                         # B
     grid: Grid,                         # (t, h, w), h and w even
@@ -108,7 +108,7 @@ def running_cell_mask(
     generator: Generator | None = None, # None: torch's global one
     device: torch.device | str = "cpu", # where the mask is made
 ) -> Tensor:                            # bool (B, N), True = not decoded
-    "A 2×2 cell whose pattern turns with time, tiled over the frame (VideoMAE V2 §3.2); raises `ValueError` for odd grids and impossible ratios."
+    "A 2×2 cell whose pattern turns with time, tiled over the frame (VideoMAE V2 §3.2); raises `ValueError` for odd grids, impossible ratios."
     t, h, w = grid
     if h % 2 or w % 2: raise ValueError(f"a running cell needs even rows and columns, got {h}×{w}")
     ones = int(4 * ratio)

@@ -37,13 +37,13 @@ def sincos_separable(
     parts = [t[:, None, None].expand(T, H, W, dt), h[None, :, None].expand(T, H, W, ds), w[None, None].expand(T, H, W, ds)]
     return torch.cat(parts, -1).flatten(0, 2)
 
-# %% ../../nbs/tokens/10_positions.ipynb #9276e42d
+# %% ../../nbs/tokens/10_positions.ipynb #97411e7d
 def resize_positions(
     table: Tensor,  # (t·h·w, D)
     old: Grid,      # grid of the table
     new: Grid,      # grid wanted
 ) -> Tensor:        # (t'·h'·w', D)
-    "Resize a position table as the official loaders do: bicubic in space per frame, then linear in time; raises `ValueError` if `old` is not its grid."
+    "Resize a table as the official loaders do: bicubic in space per frame, then linear in time; raises `ValueError` if `old` is not its grid."
     if table.shape[0] != old[0] * old[1] * old[2]: raise ValueError(f"a table of {table.shape[0]} rows cannot have the grid {old}")
     (t, h, w), x = old, table
     if (h, w) != new[1:]:

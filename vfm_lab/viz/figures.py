@@ -112,7 +112,7 @@ def mask_overlay(
     else: frames[_outlines(grid, size) & ~hidden[..., 0]] = torch.tensor([240.0, 228.0, 66.0])
     return frames.round().byte()
 
-# %% ../../nbs/viz/00_figures.ipynb #9e228d3e
+# %% ../../nbs/viz/00_figures.ipynb #05cf43a3
 def heat_overlay(
     clip: Tensor,              # (3, T, H, W) float
     heat: Tensor,              # (t, h, w), one number per token
@@ -123,7 +123,7 @@ def heat_overlay(
     heat = _to_pixels(heat.detach().cpu(), frames.shape[:3])
     heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)
     color = torch.from_numpy(plt.get_cmap("cividis")(heat.numpy())[..., :3]).float() * 255
-    return (0.5 * frames.mean(-1, keepdim=True) + 0.5 * color).round().byte()
+    return (0.35 * frames.mean(-1, keepdim=True) + 0.65 * color).round().byte()
 
 # %% ../../nbs/viz/00_figures.ipynb #ca19f88d
 def _gif(frames: Tensor, fps: float) -> bytes:
