@@ -32,7 +32,7 @@ def resize_frames(
     x = F.interpolate(clip.flatten(1, 2), size=(size, size), mode="bicubic", align_corners=False)
     return x.unflatten(1, clip.shape[1:3])
 
-# %% ../../nbs/models/10_clip.ipynb #71942495
+# %% ../../nbs/models/10_clip.ipynb #797032da
 class CLIPVision(nn.Module):
     "CLIP's image tower. A clip is a batch of images to it: every frame is processed alone."
     def __init__(
@@ -63,7 +63,8 @@ class CLIPVision(nn.Module):
         "Tokens of each frame after positions and pre-norm."
         B, _, T = frames.shape[:3]
         x = self.patch_embed(frames).view(B * T, -1, self.cls_token.shape[0])
-        if x.shape[1] + 1 != len(self.pos_embed): raise ValueError(f"this tower reads {self.image_size}-pixel frames, got {tuple(frames.shape)}")
+        if x.shape[1] + 1 != len(self.pos_embed):
+            raise ValueError(f"this tower reads {self.image_size}-pixel frames, got {tuple(frames.shape)}")
         x = torch.cat([self.cls_token.to(x.dtype).expand(B * T, 1, -1), x], 1)
         return self.norm_pre(x + self.pos_embed.to(x.dtype))
 
@@ -89,10 +90,11 @@ class CLIPVision(nn.Module):
         layers: int = 6,  # K
     ) -> tuple[Tensor, Tensor]:  # block outputs (K, B, T·S, D), shallowest first; attention (B, T, S) of the class token
         "What the tower gives as a teacher: its last K layers without the class token, and where the class token looks in the last block."
+        if layers > len(self.blocks): raise ValueError(f"this tower has {len(self.blocks)} blocks, {layers} were asked for")
         B, _, T = clip.shape[:3]
         x, kept = self.embed(resize_frames(clip, self.image_size)), []
         for i, block in enumerate(self.blocks):
-            if last := i == len(self.blocks) - 1: x, row = block(x, row=0)
+            if i == len(self.blocks) - 1: x, row = block(x, row=0)
             else: x = block(x)
             if i >= len(self.blocks) - layers: kept.append(x[:, 1:].reshape(B, -1, x.shape[-1]))
         return torch.stack(kept), row.mean(1)[:, 1:].reshape(B, T, -1)
@@ -160,7 +162,7 @@ class CLIP(nn.Module):
         a, b = self.vision(batch["image"]), self.text(batch["ids"])
         return {"loss": contrastive_loss(a, b, self.logit_scale.exp().clamp(max=100), batch.get("idx"))}
 
-# %% ../../nbs/models/10_clip.ipynb #a1b2f0da
+# %% ../../nbs/models/10_clip.ipynb #d81b3e33
 def tiny_clip() -> CLIP:  # in evaluation mode
     "The CLIP trained in this chapter on 64-pixel synthetic frames with ImageNet statistics; its weights ship with the lab."
     path = asset("weights/tiny_clip.safetensors")
@@ -181,12 +183,13 @@ def tokenize(
     "Texts as ids for the tiny CLIP; raises `ValueError` for a word it does not know."
     known = tiny_tokenizer().get_vocab()
     odd = {w for t in texts for w in t.lower().split() if w not in known}
-    if odd: raise ValueError(f"the tiny CLIP does not know {sorted(odd)}; it knows {[w for w in sorted(known, key=known.get) if w[0] != '<']}")
+    if odd: raise ValueError(f"the tiny CLIP does not know {sorted(odd)}; it knows {sorted(w for w in known if w[0] != '<')}")
     return torch.tensor([e.ids for e in tiny_tokenizer().encode_batch(texts)])
 
-# %% ../../nbs/models/10_clip.ipynb #56fa601b
-BLOCK_OPENAI = {r"transformer\.resblocks\.": "blocks.", r"(blocks\.\d+\.)attn\.in_proj_": r"\1attn.qkv.", r"(blocks\.\d+\.)attn\.out_proj": r"\1attn.proj",
-                r"(blocks\.\d+\.)ln_": r"\1norm", r"(blocks\.\d+\.)mlp\.c_fc": r"\1mlp.fc1", r"(blocks\.\d+\.)mlp\.c_proj": r"\1mlp.fc2"}
+# %% ../../nbs/models/10_clip.ipynb #d029c618
+BLOCK_OPENAI = {r"transformer\.resblocks\.": "blocks.", r"(blocks\.\d+\.)attn\.in_proj_": r"\1attn.qkv.",
+                r"(blocks\.\d+\.)attn\.out_proj": r"\1attn.proj", r"(blocks\.\d+\.)ln_": r"\1norm",
+                r"(blocks\.\d+\.)mlp\.c_fc": r"\1mlp.fc1", r"(blocks\.\d+\.)mlp\.c_proj": r"\1mlp.fc2"}
 
 def inflate_stem(
     weight: Tensor,       # (D, 3, p, p) of an image model
@@ -203,7 +206,8 @@ def vision_from_openai(
     state: State,  # OpenAI names, with or without `visual.`; the text tower in the same file is left out
 ) -> State:        # our names
     "Image tower of an OpenAI state dict, as UMT's teacher files hold it too."
-    if any(k.startswith("visual.") for k in state): state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+    if any(k.startswith("visual.") for k in state):
+        state = {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
     state = rename({r"class_embedding": "cls_token", r"positional_embedding": "pos_embed", r"conv1\.": "patch_embed.proj.",
                     r"ln_pre": "norm_pre", r"ln_post": "norm", **BLOCK_OPENAI})(state)
     if (w := state.get("patch_embed.proj.weight")) is not None and w.ndim == 4: state["patch_embed.proj.weight"] = inflate_stem(w)
@@ -213,10 +217,10 @@ def text_from_openai(
     state: State,  # OpenAI names; the image tower in the same file is left out
 ) -> State:        # our names
     "Text tower of an OpenAI state dict."
-    return rename({r"visual\.|logit_scale|input_resolution|context_length|vocab_size": None, r"token_embedding": "token_embed", r"positional_embedding": "pos_embed",
-                   r"ln_final": "norm", r"text_projection": "proj", **BLOCK_OPENAI})(state)
+    return rename({r"visual\.|logit_scale|input_resolution|context_length|vocab_size": None, r"token_embedding": "token_embed",
+                   r"positional_embedding": "pos_embed", r"ln_final": "norm", r"text_projection": "proj", **BLOCK_OPENAI})(state)
 
-# %% ../../nbs/models/10_clip.ipynb #bdd89f8c
+# %% ../../nbs/models/10_clip.ipynb #0bacff69
 def _from_transformers(state: State, names: dict[str, str | None]) -> State:
     "Common part of both towers: separate q, k, v become one matrix, projections are transposed."
     state = rename({**names, r"encoder\.layers\.": "blocks.", r"(blocks\.\d+\.)self_attn\.out_proj": r"\1attn.proj",
@@ -230,9 +234,10 @@ def vision_from_transformers(
     state: State,  # Hugging Face `CLIPModel` or `CLIPVisionModelWithProjection`
 ) -> State:        # our names
     "Image tower of a Hugging Face CLIP (whose spelling is `pre_layrnorm`)."
-    state = _from_transformers(state, {r"text_|logit_scale": None, r"vision_model\.": "", r"visual_projection": "proj", r"embeddings\.class_embedding": "cls_token",
-        r"embeddings\.position_ids": None, r"embeddings\.position_embedding\.weight": "pos_embed", r"embeddings\.patch_embedding": "patch_embed.proj",
-        r"pre_layrnorm": "norm_pre", r"post_layernorm": "norm"})
+    state = _from_transformers(state, {
+        r"text_|logit_scale": None, r"vision_model\.": "", r"visual_projection": "proj", r"embeddings\.class_embedding": "cls_token",
+        r"embeddings\.position_ids": None, r"embeddings\.position_embedding\.weight": "pos_embed",
+        r"embeddings\.patch_embedding": "patch_embed.proj", r"pre_layrnorm": "norm_pre", r"post_layernorm": "norm"})
     if (w := state.get("patch_embed.proj.weight")) is not None: state["patch_embed.proj.weight"] = inflate_stem(w)
     return state
 
@@ -240,21 +245,24 @@ def text_from_transformers(
     state: State,  # Hugging Face `CLIPModel` or `CLIPTextModelWithProjection`
 ) -> State:        # our names
     "Text tower of a Hugging Face CLIP."
-    return _from_transformers(state, {r"vision_|visual_|logit_scale": None, r"text_model\.": "", r"text_projection": "proj", r"embeddings\.position_ids": None,
+    return _from_transformers(state, {
+        r"vision_|visual_|logit_scale": None, r"text_model\.": "", r"text_projection": "proj", r"embeddings\.position_ids": None,
         r"embeddings\.token_embedding": "token_embed", r"embeddings\.position_embedding\.weight": "pos_embed", r"final_layer_norm": "norm"})
 
-# %% ../../nbs/models/10_clip.ipynb #407beaaa
+# %% ../../nbs/models/10_clip.ipynb #a4fe246b
 def vision_from_timm(
     state: State,  # state dict of a timm CLIP vision transformer
 ) -> State:        # our names
     "Image tower of a timm CLIP, whose projection is a head with a bias of zeros."
     state = dict(state)
-    if (bias := state.pop("head.bias", None)) is not None and bias.abs().max() > 0: raise ValueError("head.bias is not zero: not a CLIP image tower")
+    if (bias := state.pop("head.bias", None)) is not None and bias.abs().max() > 0:
+        raise ValueError("head.bias is not zero: not a CLIP image tower")
     state["proj"] = state.pop("head.weight").T
     state["cls_token"], state["pos_embed"] = state["cls_token"].flatten(), state["pos_embed"].squeeze(0)
     state["patch_embed.proj.weight"] = inflate_stem(state["patch_embed.proj.weight"])
     return state
 
+# %% ../../nbs/models/10_clip.ipynb #a2b68028
 def resize_grid(
     state: State,     # our names, with the position table of another image size
     image_size: int,  # pixels wanted
@@ -265,29 +273,7 @@ def resize_grid(
     old = round((len(pos) - 1) ** 0.5)
     return {**state, "pos_embed": torch.cat([pos[:1], resize_positions(pos[1:], (1, old, old), (1, g, g))])}
 
-# %% ../../nbs/models/10_clip.ipynb #91440ab8
-def vision_from_timm(
-    state: State,  # state dict of a timm CLIP vision transformer
-) -> State:        # our names
-    "Image tower of a timm CLIP, whose projection is a head with a bias of zeros."
-    state = dict(state)
-    if (bias := state.pop("head.bias", None)) is not None and bias.abs().max() > 0: raise ValueError("head.bias is not zero: not a CLIP image tower")
-    state["proj"] = state.pop("head.weight").T
-    state["cls_token"], state["pos_embed"] = state["cls_token"].flatten(), state["pos_embed"].squeeze(0)
-    state["patch_embed.proj.weight"] = inflate_stem(state["patch_embed.proj.weight"])
-    return state
-
-def resize_grid(
-    state: State,     # our names, with the position table of another image size
-    image_size: int,  # pixels wanted
-    patch: int,       # patch side in pixels
-) -> State:
-    "Resize the patch rows of `pos_embed` bicubically (the class row stays): how the L/14 teacher comes to 196 pixels."
-    pos, g = state["pos_embed"], image_size // patch
-    old = round((len(pos) - 1) ** 0.5)
-    return {**state, "pos_embed": torch.cat([pos[:1], resize_positions(pos[1:], (1, old, old), (1, g, g))])}
-
-# %% ../../nbs/models/10_clip.ipynb #0274cd5b
+# %% ../../nbs/models/10_clip.ipynb #f966628f
 def clip_vision(
     name: str = "vit_base_patch16_clip_224.openai",  # a timm CLIP model; `timm.list_pretrained("vit_*clip*openai")`
     image_size: int = 224,                           # pixels; 196 with an L/14 gives the 14×14 grid of UMT
@@ -295,9 +281,11 @@ def clip_vision(
     **overrides,                                     # passed on to timm, e.g. a smaller `depth`
 ) -> CLIPVision:
     "CLIP's image tower from timm weights; raises `ValueError` for weights that were not trained with QuickGELU."
-    if pretrained and "quickgelu" not in name and not name.endswith(".openai"): raise ValueError(f"{name} was not trained as CLIP with QuickGELU")
+    if pretrained and "quickgelu" not in name and not name.endswith(".openai"):
+        raise ValueError(f"{name} was not trained as CLIP with QuickGELU")
     source = timm.create_model(name, pretrained=pretrained, **overrides)
     patch, dim, block = source.patch_embed.patch_size[0], source.embed_dim, source.blocks[0]
-    tower = CLIPVision(image_size, patch, dim, len(source.blocks), block.attn.num_heads, source.head.out_features, block.mlp.fc1.out_features / dim)
+    tower = CLIPVision(image_size, patch, dim, len(source.blocks), block.attn.num_heads, source.head.out_features,
+                       block.mlp.fc1.out_features / dim)
     load_weights(tower, source.state_dict(), lambda s: resize_grid(vision_from_timm(s), image_size, patch))
     return tower
