@@ -14,13 +14,12 @@ import nbdev.processors
 import nbdev.serve
 import nbdev.serve_drv
 import yaml
-from nbdev.config import get_config
-from notebooks import CALLOUT, WIDGET, notebooks
+from notebooks import CALLOUT, CFG, animated, notebooks
 from readme import MARK, chapters
 
 SITE, PROC, WORK = ROOT/"_docs", ROOT/"_proc", ROOT/"_proc_site"
 SOURCE = WORK/"source"
-CFG, NUMBER = get_config(), re.compile(r"(^|/)\d+[a-zA-Z0-9]*_([^/]*)$")
+NUMBER = re.compile(r"(^|/)\d+[a-zA-Z0-9]*_([^/]*)$")
 TAGS = {r"echo: *false": "remove-input", r"code-fold: *true": "hide-input", r"output: *false": "remove-output"}
 ROOMS = {"": "Start", "data": "Video in", "tokens": "Tokens", "nn": "Layers", "objectives": "Objectives", "models": "Models", "train": "Training",
          "adapt": "Adaptation", "tasks": "Tasks", "viz": "Pictures", "studies": "Studies", "solutions": "Solutions"}
@@ -101,7 +100,7 @@ def convert(path):
         else:
             tags = [tag for pattern, tag in TAGS.items() if re.search(rf"^#\| *{pattern}", source, re.M)]
             cell["metadata"] = {"tags": tags} if tags else {}
-            cell["outputs"] = [{"metadata": {}, **o} if "data" in o else o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
+            cell["outputs"] = [{"metadata": {}, **animated(o)} if "data" in o else o for o in cell["outputs"]]
             source = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
         if source: cells.append({**cell, "source": source})
     if name == "index.ipynb": cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents()})

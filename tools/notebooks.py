@@ -10,8 +10,10 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 from nbdev.clean import nbdev_clean
+from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parent.parent
+CFG = get_config(path=ROOT)
 MINUTES = ROOT/"nbs/minutes.json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MATHJAX = ROOT/"docs/vendor/tex-svg-full.js"
@@ -20,6 +22,7 @@ CALLOUT = re.compile(r"^::: *\{\.callout-(\w+)[^}]*\}\n(.*?)^:::[ \t]*$", re.S |
 REMOTE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")   # a remote badge leaves its words
 WALK = ("index.ipynb", "tour.ipynb", "00_lab.ipynb", "data", "tokens", "nn", "objectives", "models", "train", "adapt", "tasks", "viz",
         "studies", "10_cli.ipynb", "20_parity.ipynb", "glossary.ipynb", "solutions")
+RELATIVE = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
 META = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 
 
@@ -95,22 +98,31 @@ def run(paths):
         MINUTES.write_text(json.dumps(noted, indent=1) + "\n")
     return failed
 
+def animated(out):
+    "A GIF as HTML: the makers of pages know only still pictures."
+    if (gif := out.get("data", {}).pop("image/gif", None)) and "text/html" not in out["data"]:
+        out["data"]["text/html"] = f'<img src="data:image/gif;base64,{"".join("".join(gif).split())}"/>'
+    return out
+
 def quoted(callout):
     "A Quarto callout as the block quote that every renderer of Markdown knows."
     return "\n".join(f"> {line}".rstrip() for line in callout[2].strip().splitlines())
 
-def plain(nb):
-    "A notebook as its reader should see it outside Jupyter: directives, hidden cells, callout fences and remote pictures gone."
+def plain(nb, folder):
+    "A notebook as its reader should see it outside Jupyter: no directives, hidden cells, callout fences, remote pictures or relative links."
+    def absolute(m): return f"[{m[1]}]({CFG['git_url']}/blob/{CFG['branch']}/{os.path.relpath(folder/m[2], ROOT)})"
     nb.cells = [c for c in nb.cells if not re.search(r"^#\| *(hide|include: *false|default_exp)\b", c.source, re.M)]
     for cell in nb.cells:
-        if cell.cell_type == "code": cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
-        else: cell.source = REMOTE.sub(r"\1", CALLOUT.sub(quoted, cell.source))
+        if cell.cell_type == "code":
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+            cell.outputs = [animated(o) for o in cell.outputs]
+        else: cell.source = RELATIVE.sub(absolute, REMOTE.sub(r"\1", CALLOUT.sub(quoted, cell.source)))
     return nb
 
 def page(path, dst):
     "Execute a copy of a notebook and write it as one HTML file that needs no other file and no network."
     nb, seconds, error = execute(path)
-    nb = plain(tidy(nb))
+    nb = plain(tidy(nb), path.parent)
     body, _ = HTMLExporter(embed_images=True, require_js_url="", mathjax_url="", jquery_url="").from_notebook_node(
         nb, resources={"metadata": {"path": str(path.parent), "name": path.stem}})
     body = re.sub(r"<script[^>]*\bsrc=[^>]*></script>|<script type=.module.>.*?</script>", "", body, flags=re.S)

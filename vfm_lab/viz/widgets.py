@@ -127,12 +127,12 @@ def mask_sliders(
     box = w.VBox([w.HBox([w.VBox(list(controls.values())[:2]), w.VBox(list(controls.values())[2:])]), image, words])
     return Live(box, lambda: words.value, lambda: image.value, image=image, words=words, **controls)
 
-# %% ../../nbs/viz/20_widgets.ipynb #3c1ff195
+# %% ../../nbs/viz/20_widgets.ipynb #4a8a7bdb
 def upload_clip(
     read: Callable[[bytes], Tensor],    # bytes of a file -> uint8 (T, H, W, 3); raises for a bad file
-    on_clip: Callable[[Tensor], None],  # called with the frames of each good file
+    on_clip: Callable[[Tensor], Live],  # makes what is shown below, such as `mask_sliders`, from the frames of a good file
 ) -> Live:                              # with .upload .words
-    "A control that accepts a video file (needs ipywidgets)."
+    "A control that accepts a video file and shows something made from it (needs ipywidgets)."
     import ipywidgets as w
     upload, words = w.FileUpload(accept="video/*", description="your video"), w.Label("No file yet.")
     def update(change):
@@ -144,6 +144,7 @@ def upload_clip(
             return
         T, H, W, _ = frames.shape
         words.value = f"{file['name']}: {T} frames of {W} × {H} pixels"
-        on_clip(frames)
+        box.children = (upload, words, on_clip(frames).box)
     upload.observe(update, "value")
-    return Live(w.VBox([upload, words]), lambda: f"[upload control] {words.value}", upload=upload, words=words)
+    box = w.VBox([upload, words])
+    return Live(box, lambda: f"[upload control] {words.value}", upload=upload, words=words)
