@@ -5,12 +5,10 @@
 # %% auto #0
 __all__ = ['check_top_k_mask', 'check_teacher_share']
 
-# %% ../../nbs/solutions/models_umt.ipynb #68281bdc
+# %% ../../nbs/solutions/models_umt.ipynb #1325d156
 from collections.abc import Callable
 
 import torch
-
-from ..tokens.masking import mask_from_order
 
 # %% ../../nbs/solutions/models_umt.ipynb #19ed7806
 def check_top_k_mask(answer: Callable) -> None:
