@@ -14,7 +14,7 @@ import nbdev.processors
 import nbdev.serve
 import nbdev.serve_drv
 import yaml
-from notebooks import CALLOUT, CFG, animated, notebooks
+from notebooks import CFG, animated, notebooks
 from readme import MARK, chapters
 
 SITE, PROC, WORK = ROOT/"_docs", ROOT/"_proc", ROOT/"_proc_site"
@@ -69,16 +69,11 @@ def anchor(m):
     "The name that links to a documented symbol use; Sphinx itself would turn its dots and underscores into hyphens."
     return f'<a id="{m[1].lower()}"></a>\n\n{m[0]}'
 
-def box(m):
-    "A callout; a heading inside it becomes bold text."
-    return ":::{" + m[1] + "}\n" + re.sub(r"^#+ (.*)$", r"**\1**", m[2], flags=re.M) + ":::"
-
 def markdown(text, folder):
     "Quarto's Markdown as MyST reads it, for a page in `folder`."
     def own(m): return f'<a href="{os.path.relpath(m[2], folder or ".")}{m[3]}"><code>{html.escape(m[1])}</code></a>'
     text = text.replace(MARK, chapters())
     text = re.sub(r"^#{2,4} (\S*[_.]\S*)$(?=\n\n```python)", anchor, text, flags=re.M)
-    text = CALLOUT.sub(box, text)
     text = re.sub(r"(\]\([^)\s]*\))\{[^}\n]*\}", r"\1", text)
     text = re.sub(rf"\[`([^`]+)`\]\({re.escape(CFG['doc_host'] + CFG['doc_baseurl'])}/([^)#]+)(#[^)]*)?\)", own, text)
     return re.sub(r"(!?)\[([^\]]*)\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?\)", lambda m: link(m, folder), text)

@@ -88,6 +88,7 @@ def form(step, name, raw):
     texts = ["".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"]
     outputs = [o for c in nb["cells"] for o in c.get("outputs", [])]
     step.check(texts and re.match(r"# .+\n+> .+", texts[0]), f"{name}: does not open with '# Title' and '> one line'")
+    step.check(not any(":::" in t for t in texts), f"{name}: a ::: box shows as it stands in JupyterLab; use a block quote")
     step.check("widgets" not in nb["metadata"], f"{name}: widget state is saved in it")
     step.check(not any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in outputs), f"{name}: a live widget is saved as an output")
     step.check(not any(o["output_type"] == "error" for o in outputs), f"{name}: an error is saved as an output")

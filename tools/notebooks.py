@@ -18,7 +18,6 @@ MINUTES = ROOT/"nbs/minutes.json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MATHJAX = ROOT/"docs/vendor/tex-svg-full.js"
 MATHS = r"window.MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']], processEscapes: true}};"
-CALLOUT = re.compile(r"^::: *\{\.callout-(\w+)[^}]*\}\n(.*?)^:::[ \t]*$", re.S | re.M)
 REMOTE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")   # a remote badge leaves its words
 WALK = ("index.ipynb", "tour.ipynb", "00_lab.ipynb", "data", "tokens", "nn", "objectives", "models", "train", "adapt", "tasks", "viz",
         "studies", "10_cli.ipynb", "20_parity.ipynb", "glossary.ipynb", "solutions")
@@ -104,19 +103,15 @@ def animated(out):
         out["data"]["text/html"] = f'<img src="data:image/gif;base64,{"".join("".join(gif).split())}"/>'
     return out
 
-def quoted(callout):
-    "A Quarto callout as the block quote that every renderer of Markdown knows."
-    return "\n".join(f"> {line}".rstrip() for line in callout[2].strip().splitlines())
-
 def plain(nb, folder):
-    "A notebook as its reader should see it outside Jupyter: no directives, hidden cells, callout fences, remote pictures or relative links."
+    "A notebook as its reader should see it outside Jupyter: no directives, hidden cells, remote pictures or relative links."
     def absolute(m): return f"[{m[1]}]({CFG['git_url']}/blob/{CFG['branch']}/{os.path.relpath(folder/m[2], ROOT)})"
     nb.cells = [c for c in nb.cells if not re.search(r"^#\| *(hide|include: *false|default_exp)\b", c.source, re.M)]
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
             cell.outputs = [animated(o) for o in cell.outputs]
-        else: cell.source = RELATIVE.sub(absolute, REMOTE.sub(r"\1", CALLOUT.sub(quoted, cell.source)))
+        else: cell.source = RELATIVE.sub(absolute, REMOTE.sub(r"\1", cell.source))
     return nb
 
 def page(path, dst):

@@ -2,7 +2,7 @@
 its text output. The line <!-- chapters --> becomes the table of chapters: titles from the notebooks, minutes from nbs/minutes.json."""
 import json, os, re
 
-from notebooks import CALLOUT, MINUTES, ROOT, notebooks, quoted
+from notebooks import MINUTES, ROOT, notebooks
 
 MARK = "<!-- chapters -->"
 LINK = re.compile(r"(!?\[[^\]]*\]\()(?!\w+:|#|/)([^)\s]+)(?=[)\s])|(\b(?:src|href)=\")(?!\w+:|#|/)([^\"]+)")
@@ -39,7 +39,7 @@ def block(cell):
     "One cell of index.ipynb as Markdown; None for hidden cells."
     source = "".join(cell["source"])
     if re.search(r"^#\| *(hide|default_exp|include: *false)", source, re.M): return None
-    if cell["cell_type"] == "markdown": return CALLOUT.sub(quoted, source.replace(MARK, chapters()))
+    if cell["cell_type"] == "markdown": return source.replace(MARK, chapters())
     shown = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
     parts = [] if re.search(r"^#\| *echo: *false", source, re.M) else [f"```python\n{shown}\n```"]
     for out in cell["outputs"]:
