@@ -53,8 +53,8 @@ class Lab:
         env = {k: v for k, v in env.items() if k != "MPLBACKEND" and not k.startswith("COVERAGE")}   # as in a reader's shell
         self.log = open(home/"lab.log", "w")
         flags = f"--no-browser --port={self.port} --ServerApp.port_retries=0 --ServerApp.root_dir={home}"
-        start = time.time()
-        self.process = subprocess.Popen(["make", "lab", f"LAB_FLAGS={flags}"], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=self.log,
+        start = time.time()   # -o: whatever is installed is what is tested
+        self.process = subprocess.Popen(["make", "-o", f"{os.environ.get('VENV', '.venv')}/bin/.installed", "lab", f"LAB_FLAGS={flags}"], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=self.log,
                                         stderr=subprocess.STDOUT, start_new_session=True)
         self.url = f"http://127.0.0.1:{self.port}"
         while get(f"{self.url}/api")[0] != 200:

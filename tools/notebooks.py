@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbconvert import HTMLExporter
 from nbdev.clean import nbdev_clean
+from nbformat.v4.rwbase import split_lines
 from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +90,7 @@ def run(paths):
             failed.append(name)
             continue
         badge(nb, seconds/60)
-        path.write_text(json.dumps(tidy(nb), indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(split_lines(tidy(nb)), indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
         nbdev_clean(str(path))
         noted = json.loads(MINUTES.read_text()) if MINUTES.exists() else {}
         noted[name] = {"minutes": round(seconds/60, 2), "date": datetime.date.today().isoformat(), "machine": where}

@@ -52,5 +52,5 @@ def attention_row(
     k: Tensor,      # keys (B, heads, N, d)
     row: int = 0,   # which query; 0 is the class token
 ) -> Tensor:        # (B, heads, N), sums to 1
-    "Attention weights of one query over all keys: N numbers per head instead of N×N (UMT §3.1 uses the class token's)."
+    "Attention weights of one query over all keys: N numbers per head instead of N×N (UMT §3 uses the class token's)."
     return (q[:, :, row] * q.shape[-1] ** -0.5).unsqueeze(2).matmul(k.transpose(-2, -1)).squeeze(2).softmax(-1)

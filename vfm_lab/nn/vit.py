@@ -15,7 +15,7 @@ from ..tokens.positions import sincos_1d
 
 # %% ../../nbs/nn/20_vit.ipynb #5ae6fdbe
 class VideoViT(nn.Module):
-    "Vision transformer over the visible tubelets of a clip: joint space-time attention, fixed positions, no class token (VideoMAE §3.2–3.3)."
+    "Vision transformer over the visible tubelets of a clip: joint space-time attention, fixed positions, no class token (VideoMAE §3–3.3)."
     def __init__(
         self,
         image_size: int = 224,    # pixels

@@ -15,7 +15,7 @@ def uta_loss(
     teacher: Tensor,   # (K, B, n, D) unit vectors of the teacher at the same tokens
     kind: str = "l2",  # "l2": 2 − 2·cos; "mse" or "smooth_l1": per element
 ) -> Tensor:           # scalar, the mean over layers, clips and tokens
-    "Unmasked token alignment: the student repeats the teacher where it can see (UMT §3.2)."
+    "Unmasked token alignment: the student repeats the teacher where it can see (UMT §3)."
     if student.shape != teacher.shape: raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ")
     if kind == "l2": return (2 - 2 * (student * teacher).sum(-1)).mean()
     if kind == "mse": return F.mse_loss(student, teacher)

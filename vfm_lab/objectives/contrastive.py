@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/objectives/10_contrastive.ipynb #431fe430
+# %% ../../nbs/objectives/10_contrastive.ipynb #952146b0
 def contrastive_loss(
     a: Tensor,                  # (B, D) embeddings of one side
     b: Tensor,                  # (B, D) embeddings of the other side
     scale: Tensor | float,      # multiplies the cosine similarities: 1/temperature
     idx: Tensor | None = None,  # (B,) equal numbers mark pairs that also belong together; None: only the diagonal
 ) -> Tensor:                    # scalar, the mean of both directions
-    "Symmetric InfoNCE between two sides of a batch (CLIP Fig. 3; targets by index as in UMT §3.3)."
+    "Symmetric InfoNCE between two sides of a batch (CLIP Fig. 3; targets by index as in UMT §3)."
     sim = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T                  # (B, B)
     target = torch.eye(len(a), device=a.device) if idx is None else (idx[:, None] == idx).float()
     target = (target / target.sum(1, keepdim=True)).to(sim.dtype)

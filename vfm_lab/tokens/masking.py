@@ -55,7 +55,7 @@ def tube_mask(
     generator: Generator | None = None, # None: torch's global one
     device: torch.device | str = "cpu", # where the mask is made
 ) -> Tensor:                            # bool (B, N), True = hidden
-    "Hide the same int(h·w·ratio) places in every frame (VideoMAE §3.3); raises `ValueError` for a ratio outside [0, 1)."
+    "Hide the same int(h·w·ratio) places in every frame (VideoMAE §3); raises `ValueError` for a ratio outside [0, 1)."
     t, h, w = grid
     return repeat_in_time(_hide(_rand(batch, h * w, generator, device), ratio), t)
 
@@ -89,7 +89,7 @@ def attention_sampled_mask(
     *,
     generator: Generator | None = None, # None: torch's global one
 ) -> Tensor:                            # bool (B, t·h·w), True = hidden
-    """Keep tokens by sampling without replacement, with the teacher's attention as probability, frame by frame (UMT §3.1);
+    """Keep tokens by sampling without replacement, with the teacher's attention as probability, frame by frame (UMT §3);
     raises `ValueError` for a ratio outside [0, 1)."""
     if not 0 <= ratio < 1: raise ValueError(f"a mask ratio lies in [0, 1), got {ratio}")
     B, t, n = attention.shape
@@ -108,7 +108,7 @@ def running_cell_mask(
     generator: Generator | None = None, # None: torch's global one
     device: torch.device | str = "cpu", # where the mask is made
 ) -> Tensor:                            # bool (B, N), True = not decoded
-    "A 2×2 cell whose pattern turns with time, tiled over the frame (VideoMAE V2 §3.2); raises `ValueError` for odd grids, impossible ratios."
+    "A 2×2 cell whose pattern turns with time, tiled over the frame (VideoMAE V2 §3); raises `ValueError` for odd grids, impossible ratios."
     t, h, w = grid
     if h % 2 or w % 2: raise ValueError(f"a running cell needs even rows and columns, got {h}×{w}")
     ones = int(4 * ratio)
