@@ -53,11 +53,13 @@ def read_case(
         return Case(path.stem, about["system"], about["config"], **groups, **{k: about["tolerance"][k] for k in ("atol", "rtol")})
     except Exception as e: raise ValueError(f"{path}: not a golden case ({type(e).__name__}: {e})") from e
 
-# %% ../nbs/20_parity.ipynb #e9471593
+# %% ../nbs/20_parity.ipynb #a2c773b5
 Outputs = dict[str, Tensor]
 SYSTEMS: dict[str, Callable[[Case], Outputs]] = {}  # system name → how to run our module on a case
 
-def system(name: str) -> Callable:
+def system(
+    name: str,  # as the cases state it
+) -> Callable:
     "Decorator: this function runs the cases of a system."
     def register(run: Callable[[Case], Outputs]) -> Callable[[Case], Outputs]:
         SYSTEMS[name] = run
@@ -70,9 +72,12 @@ def _vit(c: dict) -> dict:
     return dict(image_size=c["image_size"], patch=c["patch_size"], frames=c["num_frames"], tubelet=c["tubelet_size"], dim=c["embed_dim"], depth=c["depth"],
                 heads=c["num_heads"], mlp_ratio=c["mlp_ratio"], bias="qv" if c["qkv_bias"] else "none", layer_scale=c["layer_scale"], drop_path=c["drop_path"])
 
-# %% ../nbs/20_parity.ipynb #b75a5d45
+# %% ../nbs/20_parity.ipynb #18df071d
 @system("umt_stage1")
-def umt_stage1(case: Case) -> Outputs:
+def umt_stage1(
+    case: Case,  # of the system `umt_stage1`
+) -> Outputs:    # by the names of the official outputs
+    "UMT's first stage: mask, student, teacher and loss."
     c, clip = case.config, case.inputs["clip"]
     student = UMTStudent(c["teacher_output_dim"], c["num_return_layers"], **_vit(c)).eval()
     teacher = CLIPVision(c["teacher_image_size"], c["teacher_patch_size"], c["teacher_embed_dim"], c["teacher_depth"], c["teacher_num_heads"], c["teacher_output_dim"], c["teacher_mlp_ratio"])
@@ -88,9 +93,12 @@ def umt_stage1(case: Case) -> Outputs:
             "teacher_features": F.normalize(teacher.project(hidden), dim=-1), "teacher_cls_attention": attention.flatten(0, 1),
             "loss": uta_loss(projected, teacher_target(teacher, hidden, mask), c["loss_type"]), "position_table": student.encoder.pos}
 
-# %% ../nbs/20_parity.ipynb #eef221de
+# %% ../nbs/20_parity.ipynb #a1a0a36c
 @system("umt_teacher_conversion")
-def umt_teacher_conversion(case: Case) -> Outputs:
+def umt_teacher_conversion(
+    case: Case,  # of the system `umt_teacher_conversion`
+) -> Outputs:    # by the names of the official outputs
+    "CLIP weights made into UMT's teacher: inflated stem, resized positions."
     c = case.config
     stem = inflate_stem(case.inputs["stem_weight_2d"], c["temporal_kernel"], c["center"])
     state = vision_from_openai({**case.weights, "conv1.weight": stem, "positional_embedding": case.inputs["positional_embedding"]})
@@ -102,17 +110,23 @@ def umt_teacher_conversion(case: Case) -> Outputs:
     return {"stem_weight_3d": stem, "resized_positional_embedding": state["pos_embed"], "cls_attention": attention.flatten(0, 1),
             "features": F.normalize(features, dim=-1) if c["norm_type"] == "l2" else features}
 
-# %% ../nbs/20_parity.ipynb #79c00702
+# %% ../nbs/20_parity.ipynb #1a81f9aa
 @system("umt_finetune")
-def umt_finetune(case: Case) -> Outputs:
+def umt_finetune(
+    case: Case,  # of the system `umt_finetune`
+) -> Outputs:    # by the names of the official outputs
+    "UMT's fine-tuned classifier, with its resized position table."
     model = UMTClassifier(case.config["num_classes"], **_vit(case.config)).eval()
     load_weights(model, case.weights, classifier_from_finetuned)
     pooled = model.pool(case.inputs["clip"])
     return {"pooled": pooled, "logits": model.head(pooled), "position_table_rows": model.pos[:: case.config["table_row_stride"]]}
 
-# %% ../nbs/20_parity.ipynb #2af34db0
+# %% ../nbs/20_parity.ipynb #31abd2b5
 @system("clip_vision")
-def clip_vision(case: Case) -> Outputs:
+def clip_vision(
+    case: Case,  # of the system `clip_vision`
+) -> Outputs:    # by the names of the official outputs
+    "CLIP's image tower, with all hidden states and the last attention."
     c, image = case.config, case.inputs["image"]
     tower = CLIPVision(c["image_size"], c["patch_size"], c["embed_dim"], c["depth"], c["num_heads"], c["projection_dim"], c["mlp_dim"] / c["embed_dim"]).eval()
     load_weights(tower, case.weights, vision_from_transformers)
@@ -122,18 +136,24 @@ def clip_vision(case: Case) -> Outputs:
     return {"image_embedding": tower(image), "last_hidden": states[-1], "hidden_states": torch.stack(states), "last_attention": torch.stack(rows, 2),
             "pooled": tower.norm(states[-1][:, 0])}
 
-# %% ../nbs/20_parity.ipynb #32a57d6e
+# %% ../nbs/20_parity.ipynb #0332c54b
 @system("clip_text")
-def clip_text(case: Case) -> Outputs:
+def clip_text(
+    case: Case,  # of the system `clip_text`
+) -> Outputs:    # by the names of the official outputs
+    "CLIP's text tower, with and without a padding mask."
     c, ids, real = case.config, case.inputs["token_ids"], case.inputs["attention_mask"].bool()
     tower = CLIPText(c["vocab_size"], c["context_length"], c["embed_dim"], c["depth"], c["num_heads"], c["projection_dim"], c["mlp_dim"] / c["embed_dim"]).eval()
     load_weights(tower, case.weights, text_from_transformers)
     states = tower.encode(ids, real)
     return {"text_embedding": tower(ids, real), "last_hidden": tower.norm(states[-1]), "hidden_states": torch.stack(states), "text_embedding_no_mask": tower(ids)}
 
-# %% ../nbs/20_parity.ipynb #699e0a77
+# %% ../nbs/20_parity.ipynb #f9f3c175
 @system("videomae_v2_masks")
-def videomae_v2_masks(case: Case) -> Outputs:
+def videomae_v2_masks(
+    case: Case,  # of the system `videomae_v2_masks`
+) -> Outputs:    # by the names of the official outputs
+    "VideoMAE V2's tube masks for the encoder and running cells for the decoder."
     t, h, w = grid = tuple(case.inputs["grid"].tolist())
     rng, hidden = np.random.RandomState(case.config["numpy_seed"]), int(case.config["mask_ratio"] * h * w)
     tubes = []
@@ -155,10 +175,10 @@ class Line:
     scale: float       # largest absolute value of the official output
     note: str = ""
 
-# %% ../nbs/20_parity.ipynb #d45d29fd
+# %% ../nbs/20_parity.ipynb #9928b1d8
 def compare(
-    case: Case,
-    ours: Outputs,
+    case: Case,     # with the official outputs
+    ours: Outputs,  # what our module gave, by the same names
 ) -> list[Line]:
     "Largest absolute difference of each output; floats within the case's own tolerance, integers and booleans exactly."
     lines = []
@@ -172,9 +192,9 @@ def compare(
         lines.append(Line(name, met, (a - b).abs().max().item() if a.numel() else 0.0, b.abs().max().item() if a.numel() else 0.0, "exact" if exact else ""))
     return lines
 
-# %% ../nbs/20_parity.ipynb #d54b33c0
+# %% ../nbs/20_parity.ipynb #878076ac
 def run_case(
-    case: Case,
+    case: Case,          # of any system
 ) -> list[Line] | None:  # None: this system is not built
     "Build our module, load the official weights, run the inputs, compare."
     if case.system not in SYSTEMS: return None

@@ -109,7 +109,7 @@ def load_clip(
     clips = torch.stack([_call(transform, frames, generator) for _ in range(views)])
     return clips[0] if views == 1 else clips.flatten(0, -5)
 
-# %% ../../nbs/data/30_datasets.ipynb #09e06a56
+# %% ../../nbs/data/30_datasets.ipynb #dad5562d
 class VideoDataset(Dataset):
     "Videos with something known about each; an item is {clip, path, index, label or caption, …}."
     tries = 10  # so many unreadable clips in a row end the run under "skip" too
@@ -128,7 +128,10 @@ class VideoDataset(Dataset):
 
     def __len__(self): return len(self.items)
 
-    def subset(self, indices: Iterable[int]) -> "VideoDataset":
+    def subset(
+        self,
+        indices: Iterable[int],  # numbers of the items to keep
+    ) -> "VideoDataset":
         "The same dataset with these items only."
         other = copy(self)
         other.items = [self.items[i] for i in indices]
@@ -226,7 +229,7 @@ def collate(
     if "skipped" in items[0]: batch["skipped"] = [message for item in items for message in item["skipped"]]
     return batch
 
-# %% ../../nbs/data/30_datasets.ipynb #1a447259
+# %% ../../nbs/data/30_datasets.ipynb #7b91276e
 class EpochSampler(Sampler):
     "The order of an epoch, a function of seed and epoch; each pass is the next epoch."
     def __init__(self,
@@ -238,7 +241,10 @@ class EpochSampler(Sampler):
         self.length, self.shuffle, self.seed, self.keyed = length, shuffle, seed, keyed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(
+        self,
+        epoch: int,  # counted from 0
+    ) -> None:
         "Jump to an epoch; resuming a run needs it."
         self.epoch, self.generator = epoch, item_generator(self.seed, epoch)
 

@@ -6,7 +6,7 @@
 __all__ = ['VideoReadError', 'VideoInfo', 'FrameIndex', 'frame_index', 'probe', 'wanted_frames', 'backends', 'read_frames',
            'dense_indices', 'span_indices', 'sparse_indices', 'interval_indices', 'linspace_indices', 'read_clip']
 
-# %% ../../nbs/data/10_reader.ipynb #14942f81
+# %% ../../nbs/data/10_reader.ipynb #d70becea
 import os
 import warnings
 from bisect import bisect_right
@@ -16,8 +16,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 import torch
+
+# %% ../../nbs/data/10_reader.ipynb #a8993009
+if TYPE_CHECKING:
+    from av import VideoStream
+    from av.container import InputContainer
 
 # %% ../../nbs/data/10_reader.ipynb #5719ec91
 class VideoReadError(RuntimeError):
@@ -93,8 +99,12 @@ class FrameIndex:
     keys: list[tuple[int, int]]     # (presentation time, decoding time) of each key frame, increasing
     closed: bool                    # every frame that follows a key frame in the file is also shown after it
 
-# %% ../../nbs/data/10_reader.ipynb #601bf43c
-def frame_index(source, container, stream) -> FrameIndex:
+# %% ../../nbs/data/10_reader.ipynb #0cdf17be
+def frame_index(
+    source: str | Path | bytes | BinaryIO,   # the file, to count the frames of one without times
+    container: "InputContainer",             # the same file, opened by PyAV
+    stream: "VideoStream",                   # its video stream
+) -> FrameIndex:                             # raises ValueError for a file without whole frames
     "Read the packets of a stream without decoding; leaves the container at its end."
     pts, dts, keys, closed = [], [], [], True
     for p in container.demux(stream):
@@ -114,10 +124,10 @@ def frame_index(source, container, stream) -> FrameIndex:
     count = len(pts) if timed else sum(1 for _ in _all_frames(source))
     return FrameIndex(VideoInfo(count, fps, ctx.height, ctx.width, ctx.codec.canonical_name), pts if timed else None, keys, closed)
 
-# %% ../../nbs/data/10_reader.ipynb #4e13ebee
+# %% ../../nbs/data/10_reader.ipynb #9988855f
 def probe(
-    source,         # path, bytes or binary file object
-) -> VideoInfo:     # raises VideoReadError
+    source: str | Path | bytes | BinaryIO,   # path, content, or binary file object
+) -> VideoInfo:                              # raises VideoReadError
     "Frame count, rate, size and codec of the best video stream; decodes nothing unless the file lacks times."
     with _opened(source) as (container, stream): return frame_index(source, container, stream).info
 
@@ -129,13 +139,14 @@ def _decoded(container, stream, times) -> Iterator:
         if ctx.name == "h264": ctx.skip_frame = "DEFAULT" if p.pts is None or p.pts in times else "NONREF"
         yield from p.decode()
 
-# %% ../../nbs/data/10_reader.ipynb #8767d97e
+# %% ../../nbs/data/10_reader.ipynb #c386a4f0
 def wanted_frames(
-    source,                 # the file, for the case without times
-    container, stream,      # the same file, opened
-    index: FrameIndex,      # its table
-    numbers: Sequence[int], # frame numbers, increasing, without repeats
-) -> Iterator:              # decoded PyAV frames; raises ValueError for damaged ones
+    source: str | Path | bytes | BinaryIO,   # the file, for the case without times
+    container: "InputContainer",             # the same file, opened by PyAV
+    stream: "VideoStream",                   # its video stream
+    index: FrameIndex,                       # its table
+    numbers: Sequence[int],                  # frame numbers, increasing, without repeats
+) -> Iterator:                               # decoded PyAV frames; raises ValueError for damaged ones
     "Decode these frames and as few others as possible."
     if index.pts is None: return (yield from _counted_frames(source, numbers))
     frames, at, times = iter(()), None, {index.pts[i] for i in numbers}
@@ -208,9 +219,9 @@ def backends() -> list[str]:
     "The decoders that are installed; the first is the one that `\"auto\"` takes."
     return [name for name in _READERS if find_spec(name)]
 
-# %% ../../nbs/data/10_reader.ipynb #02bcf2c1
+# %% ../../nbs/data/10_reader.ipynb #fafa964f
 def read_frames(
-    source,                                                      # path, bytes or binary file object
+    source: str | Path | bytes | BinaryIO,                       # path, content, or binary file object
     indices: Sequence[int] | Callable[[int], Sequence[int]],     # frame numbers in any order, or a function of the frame count
     *, backend: str = "auto",                                    # "auto", or the decoder to try before PyAV: "decord", "torchcodec"
 ) -> torch.Tensor:                                               # uint8 (T, H, W, 3), RGB; raises VideoReadError
@@ -303,11 +314,11 @@ def linspace_indices(
     "Both ends and evenly between, cut to integers: InternVideo's demo."
     return np.linspace(0, length - 1, frames).astype(np.int64)
 
-# %% ../../nbs/data/10_reader.ipynb #34ee44c4
+# %% ../../nbs/data/10_reader.ipynb #3f0bd1d5
 def read_clip(
-    source,                     # path, bytes or binary file object (an upload)
-    frames: int = 8,            # how many frames, spread over the whole video
-    *, backend: str = "auto",   # see `read_frames`
-) -> torch.Tensor:              # uint8 (T, H, W, 3); raises VideoReadError
+    source: str | Path | bytes | BinaryIO,   # path, content, or binary file object (an upload)
+    frames: int = 8,                         # how many frames, spread over the whole video
+    *, backend: str = "auto",                # see `read_frames`
+) -> torch.Tensor:                           # uint8 (T, H, W, 3); raises VideoReadError
     "A whole video in a few frames: the middle of each of `frames` segments."
     return read_frames(source, lambda n: sparse_indices(n, frames, view=0), backend=backend)

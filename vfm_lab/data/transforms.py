@@ -81,9 +81,10 @@ def _uniform(n: int, generator: torch.Generator | None) -> list[float]:
     "n draws from [0, 1)."
     return torch.rand(n, generator=generator, device=generator.device if generator else "cpu").tolist()
 
-# %% ../../nbs/data/20_transforms.ipynb #ea9ebd9c
+# %% ../../nbs/data/20_transforms.ipynb #048ba534
 def multi_scale_box(
-    h: int, w: int,                                   # size of the frames, pixels
+    h: int,                                           # height of the frames, pixels
+    w: int,                                           # width of the frames, pixels
     size: int,                                        # side of the model's input, pixels
     *, scales: tuple[float, ...] = (1, .875, .75, .66),  # sides of the box as shares of the shorter side
     generator: torch.Generator | None = None,         # None: torch's global generator
@@ -99,9 +100,10 @@ def multi_scale_box(
     y, x = places[int(v * len(places))]  # in quarters of the room that is left
     return y * ((h - bh) // 4), x * ((w - bw) // 4), bh, bw
 
-# %% ../../nbs/data/20_transforms.ipynb #fbb345d9
+# %% ../../nbs/data/20_transforms.ipynb #b41be958
 def random_resized_box(
-    h: int, w: int,                                # size of the frames, pixels
+    h: int,                                        # height of the frames, pixels
+    w: int,                                        # width of the frames, pixels
     size: int = 0,                                 # not needed here: any box is resized
     *, scale: tuple[float, float] = (.08, 1),      # share of the area to keep
     ratio: tuple[float, float] = (3 / 4, 4 / 3),   # width over height
@@ -190,7 +192,7 @@ def train_transform(
     box = crop if callable(crop) else CROPS[crop]
     return partial(_train, size=size, stats=stats, crop=box, flip=flip, policy=rand_augment, erase=erase)
 
-# %% ../../nbs/data/20_transforms.ipynb #31f149ef
+# %% ../../nbs/data/20_transforms.ipynb #c312e3b4
 def resize_short(
     frames: torch.Tensor,  # (T, H, W, 3) uint8
     short: int,            # wanted length of the shorter side, pixels
@@ -200,7 +202,8 @@ def resize_short(
     return crop_resize(frames, (0, 0, h, w), (short, short * w // h) if h <= w else (short * h // w, short))
 
 def view_boxes(
-    h: int, w: int,  # size of the frames, pixels
+    h: int,          # height of the frames, pixels
+    w: int,          # width of the frames, pixels
     crops: int,      # how many squares
 ) -> list[Box]:
     "Squares as large as the shorter side: one in the centre, or several from one end of the longer side to the other."

@@ -95,9 +95,9 @@ def rename(
         return out
     return convert
 
-# %% ../../nbs/models/00_checkpoints.ipynb #ccce9ceb
+# %% ../../nbs/models/00_checkpoints.ipynb #5f65513e
 def load_weights(
-    model: nn.Module,
+    model: nn.Module,                            # is filled in place
     weights: str | Path | Mapping[str, Tensor],  # file, or a state dict
     convert: Convert | None = None,              # from official names and layouts to ours
     *,
@@ -120,9 +120,9 @@ def load_weights(
     model.load_state_dict(new, strict=False)
     return report
 
-# %% ../../nbs/models/00_checkpoints.ipynb #05d1719a
+# %% ../../nbs/models/00_checkpoints.ipynb #38e7bc44
 def save_weights(
-    model: nn.Module,
+    model: nn.Module,            # whose state dict is written
     path: str | Path,            # ends in .safetensors
     config: dict | None = None,  # arguments that build the model again, kept in the file's header; None: `model.config`, if there is one
 ) -> None:

@@ -142,13 +142,13 @@ class CLIPText(nn.Module):
         x = self.norm(self.encode(ids, real)[-1])
         return x[torch.arange(len(ids), device=ids.device), ids.argmax(1)] @ self.proj
 
-# %% ../../nbs/models/10_clip.ipynb #1bd4b304
+# %% ../../nbs/models/10_clip.ipynb #089d1d5e
 class CLIP(nn.Module):
     "Two towers, one space."
     def __init__(
         self,
-        vision: CLIPVision,
-        text: CLIPText,
+        vision: CLIPVision,  # tower for images
+        text: CLIPText,      # tower for texts, with the same `out_dim`
     ):
         super().__init__()
         self.vision, self.text = vision, text
@@ -159,6 +159,7 @@ class CLIP(nn.Module):
         self,
         batch: dict,         # "image" (B, 3, H, W), "ids" long (B, L), and maybe "idx" (B,), equal for captions that say the same
     ) -> dict[str, Tensor]:  # "loss"
+        "Contrastive loss of a batch of pairs; the scale is at most 100."
         a, b = self.vision(batch["image"]), self.text(batch["ids"])
         return {"loss": contrastive_loss(a, b, self.logit_scale.exp().clamp(max=100), batch.get("idx"))}
 

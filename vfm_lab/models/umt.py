@@ -30,7 +30,7 @@ MASKING: dict[str, Callable[[Tensor, float, Generator | None], Tensor]] = {  # a
     "tube": lambda a, ratio, g: tube_mask(len(a), (a.shape[1], 1, a.shape[2]), ratio, generator=g, device=a.device),
 }
 
-# %% ../../nbs/models/20_umt.ipynb #f8be5812
+# %% ../../nbs/models/20_umt.ipynb #0597426e
 class ProjectionHead(nn.Module):
     "Linear layer and norm from the student's width to the teacher's."
     def __init__(
@@ -42,9 +42,14 @@ class ProjectionHead(nn.Module):
         self.head, self.norm = nn.Linear(dim, out_dim), nn.LayerNorm(out_dim, eps=1e-6)
         nn.init.xavier_uniform_(self.head.weight), nn.init.zeros_(self.head.bias)
 
-    def forward(self, x: Tensor) -> Tensor: return self.norm(self.head(x))
+    def forward(
+        self,
+        x: Tensor,  # (…, dim)
+    ) -> Tensor:    # (…, out_dim)
+        "Linear layer, then norm."
+        return self.norm(self.head(x))
 
-# %% ../../nbs/models/20_umt.ipynb #0a91011f
+# %% ../../nbs/models/20_umt.ipynb #00a44896
 class UMTStudent(nn.Module):
     "The network UMT trains: a video ViT on visible tokens, and one projection head for each aligned layer."
     def __init__(
@@ -73,15 +78,16 @@ class UMTStudent(nn.Module):
         clip: Tensor,  # (B, 3, T, H, W)
         mask: Tensor,  # bool (B, N), True = hidden
     ) -> Tensor:       # (K, B, n, teacher_dim) unit vectors
+        "Encode the visible tokens and project the last K layers."
         return self.project(self.encoder(clip, mask, self.layers), mask)
 
-# %% ../../nbs/models/20_umt.ipynb #a8447659
+# %% ../../nbs/models/20_umt.ipynb #be0f0a69
 class UMT(nn.Module):
     "Stage 1: the frozen teacher looks, a mask is sampled from its attention, the student repeats the teacher where it can see."
     def __init__(
         self,
-        student: UMTStudent,
-        teacher: CLIPVision,
+        student: UMTStudent,          # is trained
+        teacher: CLIPVision,          # is frozen here
         mask_ratio: float = 0.8,      # share of hidden tokens
         masking: str = "attention",   # a name in `MASKING`
         loss: str = "l2",             # see `uta_loss`
@@ -91,7 +97,10 @@ class UMT(nn.Module):
         self.student, self.teacher = student, teacher.requires_grad_(False).eval()
         self.mask_ratio, self.masking, self.loss = mask_ratio, masking, loss
 
-    def train(self, mode: bool = True) -> "UMT":
+    def train(
+        self,
+        mode: bool = True,  # False: evaluation mode
+    ) -> "UMT":
         "The teacher stays in evaluation mode."
         super().train(mode)
         self.teacher.eval()
@@ -101,6 +110,7 @@ class UMT(nn.Module):
         self,
         batch: dict,         # "clip" (B, 3, T, H, W)
     ) -> dict[str, Tensor]:  # "loss"; "cosine": mean cosine of student and teacher
+        "Loss of one batch: teacher, mask, student, alignment."
         with torch.no_grad():
             hidden, attention = self.teacher.teach(batch["clip"], self.student.layers)
             mask = MASKING[self.masking](attention, self.mask_ratio, None)
@@ -108,12 +118,12 @@ class UMT(nn.Module):
         student = self.student(batch["clip"], mask)
         return {"loss": uta_loss(student, target, self.loss), "cosine": (student * target).sum(-1).mean().detach()}
 
-# %% ../../nbs/models/20_umt.ipynb #45698aa9
+# %% ../../nbs/models/20_umt.ipynb #8b111082
 def teacher_target(
-    teacher: CLIPVision,
-    hidden: Tensor,  # (K, B, N, D) of `teach`
-    mask: Tensor,    # bool (B, N), True = hidden
-) -> Tensor:         # (K, B, n, out_dim) unit vectors
+    teacher: CLIPVision,  # the frozen image tower
+    hidden: Tensor,       # (K, B, N, D) of `teach`
+    mask: Tensor,         # bool (B, N), True = hidden
+) -> Tensor:              # (K, B, n, out_dim) unit vectors
     "The teacher's features at the visible tokens; the hidden ones are not projected."
     indices = visible_indices(mask)
     return F.normalize(teacher.project(torch.stack([gather_tokens(h, indices) for h in hidden])), dim=-1)

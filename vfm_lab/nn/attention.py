@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/nn/00_attention.ipynb #45df6745
+# %% ../../nbs/nn/00_attention.ipynb #184d6f8f
 class Attention(nn.Module):
     "Multi-head self-attention over all tokens; the fused attention kernel of torch does the work (Attention Is All You Need §3.2)."
     def __init__(
@@ -28,7 +28,10 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim)) if bias == "qv" else None
         self.proj = nn.Linear(dim, dim)
 
-    def split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def split(
+        self,
+        x: Tensor,  # (B, N, D)
+    ) -> tuple[Tensor, Tensor, Tensor]:
         "Queries, keys and values, each (B, heads, N, D/heads)."
         bias = self.qkv.bias if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias).view(*x.shape[:2], 3, self.heads, -1)
@@ -41,12 +44,13 @@ class Attention(nn.Module):
         causal: bool = False,         # each token sees itself and those before it
         row: int | None = None,       # also return the attention of this query token
     ) -> Tensor | tuple[Tensor, Tensor]:  # (B, N, D), and with `row` the weights (B, heads, N)
+        "Let every token attend to all others, then mix the heads."
         q, k, v = self.split(x)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         y = self.proj(y.transpose(1, 2).flatten(2))
         return y if row is None else (y, attention_row(q, k, row))
 
-# %% ../../nbs/nn/00_attention.ipynb #63fbf13d
+# %% ../../nbs/nn/00_attention.ipynb #7c342d25
 def attention_row(
     q: Tensor,      # queries (B, heads, N, d)
     k: Tensor,      # keys (B, heads, N, d)

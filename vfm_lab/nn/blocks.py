@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from .attention import Attention
 
-# %% ../../nbs/nn/10_blocks.ipynb #4040c6b4
+# %% ../../nbs/nn/10_blocks.ipynb #27d21065
 class QuickGELU(nn.Module):
     "x·σ(1.702x), the activation that CLIP was trained with."
-    def forward(self, x: Tensor) -> Tensor: return x * torch.sigmoid(1.702 * x)
+    def forward(
+        self,
+        x: Tensor,  # any shape
+    ) -> Tensor:    # the same shape
+        "Apply the activation."
+        return x * torch.sigmoid(1.702 * x)
 
 class Mlp(nn.Module):
     "Two linear layers with an activation between them."
@@ -28,9 +33,14 @@ class Mlp(nn.Module):
         super().__init__()
         self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), act(), nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor: return self.fc2(self.act(self.fc1(x)))
+    def forward(
+        self,
+        x: Tensor,  # (…, D)
+    ) -> Tensor:    # (…, D)
+        "Widen, activate, narrow."
+        return self.fc2(self.act(self.fc1(x)))
 
-# %% ../../nbs/nn/10_blocks.ipynb #5b87e4dc
+# %% ../../nbs/nn/10_blocks.ipynb #b619e4b6
 class Block(nn.Module):
     "Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)) (ViT eq. 2–3)."
     def __init__(
@@ -58,6 +68,7 @@ class Block(nn.Module):
         causal: bool = False,        # see `Attention`
         row: int | None = None,      # also return the attention of this query token
     ) -> Tensor | tuple[Tensor, Tensor]:  # (B, N, D), and with `row` the weights (B, heads, N)
+        "Add attention, then add the MLP."
         y = self.attn(self.norm1(x), mask, causal, row)
         y, weights = y if row is not None else (y, None)
         x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)

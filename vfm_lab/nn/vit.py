@@ -13,7 +13,7 @@ from .blocks import Block, init_weights
 from ..tokens.patching import TubeletEmbed, token_grid, visible_indices
 from ..tokens.positions import sincos_1d
 
-# %% ../../nbs/nn/20_vit.ipynb #5ae6fdbe
+# %% ../../nbs/nn/20_vit.ipynb #454d9ff2
 class VideoViT(nn.Module):
     "Vision transformer over the visible tubelets of a clip: joint space-time attention, fixed positions, no class token (VideoMAE §3–3.3)."
     def __init__(
@@ -66,7 +66,7 @@ class VideoViT(nn.Module):
             if layers and i >= len(self.blocks) - layers: kept.append(x)
         return self.norm(torch.stack(kept) if layers else x)
 
-# %% ../../nbs/nn/20_vit.ipynb #b5c1dba2
+# %% ../../nbs/nn/20_vit.ipynb #40c8d9db
 class VideoClassifier(VideoViT):
     "A video ViT that sees all tokens, averages them, then norm and linear head."
     def __init__(
@@ -94,4 +94,5 @@ class VideoClassifier(VideoViT):
         self,
         clip: Tensor,  # (B, 3, T, H, W)
     ) -> Tensor:       # (B, num_classes)
+        "Scores of the classes."
         return self.head(self.pool(clip))

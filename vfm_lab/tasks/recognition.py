@@ -71,13 +71,13 @@ def linear_probe(
     optimizer.step(closure)
     return (layer(b).argmax(1) == test_y).float().mean().item()
 
-# %% ../../nbs/tasks/00_recognition.ipynb #915ebd86
+# %% ../../nbs/tasks/00_recognition.ipynb #dba6dec7
 class AttentiveProbe(nn.Module):
     "One learned query over frozen tokens, then norm and linear layer."
     def __init__(
         self,
         dim: int,         # width of the tokens D
-        num_classes: int,
+        num_classes: int, # scores it gives
         heads: int = 4,   # attention heads; divides D
     ):
         super().__init__()
@@ -90,6 +90,7 @@ class AttentiveProbe(nn.Module):
         self,
         tokens: Tensor,  # (B, N, D)
     ) -> Tensor:         # (B, num_classes)
+        "Scores of the classes."
         x = self.norm_in(tokens)
         return self.head(self.norm(self.attend(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0][:, 0]))
 

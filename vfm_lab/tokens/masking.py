@@ -39,7 +39,7 @@ def random_mask(
     t, h, w = grid
     return _hide(_rand(batch, t * h * w, generator, device), ratio)
 
-# %% ../../nbs/tokens/20_masking.ipynb #dd703b7e
+# %% ../../nbs/tokens/20_masking.ipynb #b29ad595
 def repeat_in_time(
     mask: Tensor,  # bool (B, h·w), one frame
     t: int,        # temporal slots
@@ -82,15 +82,14 @@ def mask_from_order(
     mask = torch.ones(*order.shape[:2], places, dtype=torch.bool, device=order.device)
     return mask.scatter_(2, order[..., :keep], False).flatten(1)
 
-# %% ../../nbs/tokens/20_masking.ipynb #1730b8d4
+# %% ../../nbs/tokens/20_masking.ipynb #d28ed5f6
 def attention_sampled_mask(
     attention: Tensor,                  # (B, t, h·w) non-negative attention of the class token; rows need not sum to 1
-    ratio: float,                       # share of hidden tokens in each frame, in [0, 1)
+    ratio: float,                       # share of hidden tokens in each frame; raises ValueError outside [0, 1)
     *,
     generator: Generator | None = None, # None: torch's global one
 ) -> Tensor:                            # bool (B, t·h·w), True = hidden
-    """Keep tokens by sampling without replacement, with the teacher's attention as probability, frame by frame (UMT §3);
-    raises `ValueError` for a ratio outside [0, 1)."""
+    "Keep tokens by sampling without replacement, with the teacher's attention as probability, frame by frame (UMT §3)."
     if not 0 <= ratio < 1: raise ValueError(f"a mask ratio lies in [0, 1), got {ratio}")
     B, t, n = attention.shape
     keep = n - int(n * ratio)
@@ -98,7 +97,7 @@ def attention_sampled_mask(
     order = torch.multinomial(p.to(generator.device) if generator else p, keep, generator=generator).to(attention.device)
     return mask_from_order(order.view(B, t, keep), keep, n)
 
-# %% ../../nbs/tokens/20_masking.ipynb #05daf57d
+# %% ../../nbs/tokens/20_masking.ipynb #0043e22c
 def running_cell_mask(
     batch: int,                         # B
     grid: Grid,                         # (t, h, w), h and w even

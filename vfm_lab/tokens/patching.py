@@ -77,7 +77,7 @@ def gather_patches(
     rows = torch.arange(len(clip), device=clip.device)[:, None]
     return x[rows, indices // (h * w), indices // w % h, indices % w].flatten(2)
 
-# %% ../../nbs/tokens/00_patching.ipynb #61ecdce2
+# %% ../../nbs/tokens/00_patching.ipynb #7f440ac6
 class TubeletEmbed(nn.Module):
     "Linear projection of tubelets: a Conv3d whose stride equals its kernel, computed for the visible tubelets only."
     def __init__(
@@ -98,6 +98,7 @@ class TubeletEmbed(nn.Module):
         clip: Tensor,                   # (B, C, T, H, W)
         indices: Tensor | None = None,  # long (B, n) visible tokens; None: all
     ) -> Tensor:                        # (B, n, D)
+        "Embed the visible tubelets."
         if indices is None: x = patchify(clip, self.patch, self.tubelet)
         else: x = gather_patches(clip, indices, self.patch, self.tubelet)
         return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)

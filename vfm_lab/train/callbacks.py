@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['Callback', 'ProgressBar', 'curves_png', 'LivePlot']
 
-# %% ../../nbs/train/20_callbacks.ipynb #6e80933c
+# %% ../../nbs/train/20_callbacks.ipynb #fc14f9ef
 import io, sys, time
 from collections.abc import Sequence
 from multiprocessing import parent_process
 
 from tqdm import tqdm
 
-# %% ../../nbs/train/20_callbacks.ipynb #99cebcb2
+from .loop import Run
+
+# %% ../../nbs/train/20_callbacks.ipynb #b0cdbaba
 class Callback:
     "What `fit` calls while it trains, on the main process. Override what you need; `run` is a `Run` of the loop."
-    def on_start(self, run) -> None: "Before the first step."
-    def on_step(self, run) -> None: "After each optimizer step."
-    def on_end(self, run) -> None: "After the last step, and also when the run stops with an error."
+    def on_start(self, run: Run) -> None: "Before the first step."
+    def on_step(self, run: Run) -> None: "After each optimizer step."
+    def on_end(self, run: Run) -> None: "After the last step, and also when the run stops with an error."
 
 # %% ../../nbs/train/20_callbacks.ipynb #ec3426cc
 def _in_notebook():
@@ -36,7 +38,7 @@ class _Shown:
         if text.strip(): self.show({"text/plain": text.strip()})
     def flush(self): pass
 
-# %% ../../nbs/train/20_callbacks.ipynb #e1eeea19
+# %% ../../nbs/train/20_callbacks.ipynb #1f2acef9
 class ProgressBar(Callback):
     "A line with steps, time left and the last loss: tqdm in a terminal, one output replaced in place in a notebook."
     def __init__(
@@ -45,15 +47,15 @@ class ProgressBar(Callback):
     ):
         self.show = show
 
-    def on_start(self, run):
+    def on_start(self, run: Run) -> None:
         where = dict(file=_Shown(), ncols=100, ascii=False) if _in_notebook() else dict(dynamic_ncols=True)
         self.bar = tqdm(total=run.config.steps, initial=run.step, mininterval=0.5, unit=" steps", **where)
 
-    def on_step(self, run):
+    def on_step(self, run: Run) -> None:
         self.bar.set_postfix({name: f"{run.history[name][-1]:.3g}" for name in self.show}, refresh=False)
         self.bar.update()
 
-    def on_end(self, run): self.bar.close()
+    def on_end(self, run: Run) -> None: self.bar.close()
 
 # %% ../../nbs/train/20_callbacks.ipynb #88571fa8
 def curves_png(
@@ -72,7 +74,7 @@ def curves_png(
     figure.savefig(file, format="png")
     return file.getvalue()
 
-# %% ../../nbs/train/20_callbacks.ipynb #b1ec0084
+# %% ../../nbs/train/20_callbacks.ipynb #8d736b14
 class LivePlot(Callback):
     "Curves that grow in a notebook while `fit` runs; what stays is a PNG. Outside notebooks it does nothing."
     def __init__(
@@ -82,12 +84,12 @@ class LivePlot(Callback):
     ):
         self.curves, self.every = curves, every
 
-    def on_start(self, run): self.shown, self.drawn = _Shown() if _in_notebook() else None, time.perf_counter()
+    def on_start(self, run: Run) -> None: self.shown, self.drawn = _Shown() if _in_notebook() else None, time.perf_counter()
 
-    def on_step(self, run):
+    def on_step(self, run: Run) -> None:
         if self.shown and time.perf_counter() - self.drawn > self.every: self._draw(run)
 
-    def on_end(self, run):
+    def on_end(self, run: Run) -> None:
         if self.shown and run.history: self._draw(run)
 
     def _draw(self, run):

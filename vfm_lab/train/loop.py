@@ -60,12 +60,12 @@ class Run:
         "Append one value to each curve."
         for name, value in values.items(): self.history.setdefault(name, []).append(value)
 
-# %% ../../nbs/train/10_loop.ipynb #11a1941f
+# %% ../../nbs/train/10_loop.ipynb #fa710121
 def backward(
-    accelerator: Accelerator,
-    model: nn.Module,        # as `accelerator.prepare` returned it
-    group: list[dict],       # the batches of one step
-) -> dict[str, float]:       # mean of every scalar that the model returned, over all clips of all processes
+    accelerator: Accelerator,  # of the run
+    model: nn.Module,          # as `accelerator.prepare` returned it
+    group: list[dict],         # the batches of one step
+) -> dict[str, float]:         # mean of every scalar that the model returned, over all clips of all processes
     "Add up the gradient of the mean loss over all clips of a step, however uneven its batches are."
     sizes = [batch_len(b) for b in group]   # n_j
     total = accelerator.reduce(torch.tensor(float(sum(sizes)), device=accelerator.device), "sum")   # N
@@ -78,9 +78,9 @@ def backward(
             if torch.is_tensor(v) and v.ndim == 0: sums[name] = sums.get(name, 0) + v.detach().float() * size / total
     return dict(zip(sums, accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()))
 
-# %% ../../nbs/train/10_loop.ipynb #4ac5c5cd
+# %% ../../nbs/train/10_loop.ipynb #da588ccc
 def train_step(
-    run: Run,
+    run: Run,            # moved on by one step
     group: list[dict],   # the batches of this step
 ) -> None:
     "One optimizer step. Raises `NonFiniteLoss` before the weights can be spoilt."
@@ -96,10 +96,16 @@ def train_step(
     run.step += 1
     run.log(step=run.step, **means, lr=lr, grad_norm=norm)
 
-# %% ../../nbs/train/10_loop.ipynb #3aa14069
+# %% ../../nbs/train/10_loop.ipynb #73d1ccc3
 class NonFiniteLoss(FloatingPointError):
     "The loss or its gradient is NaN or infinite. Has `step`, `lr` and the `names` of the clips."
-    def __init__(self, message, step, lr, names):
+    def __init__(
+        self,
+        message: str,      # says all of it
+        step: int,         # the step that failed, counted from 1
+        lr: float,         # learning rate of that step
+        names: list[str],  # clips of that step
+    ):
         super().__init__(message)
         self.step, self.lr, self.names = step, lr, names
 
@@ -117,9 +123,9 @@ def _save(run):
     run.accelerator.wait_for_everyone()
     return path or checkpoints(run.config.folder)[-1]
 
-# %% ../../nbs/train/10_loop.ipynb #b9b5cca8
+# %% ../../nbs/train/10_loop.ipynb #b43e492c
 def groups(
-    run: Run,
+    run: Run,                  # where to start; is moved on
     epoch_of: Callable,        # as `fixed_order` returns it
 ) -> Iterator[list[dict]]:     # each a list of `accumulate` batches, or fewer at the end of an epoch
     "The batches of one step after another, without end, from where the run stands. Raises `ValueError` for an empty loader."
@@ -131,11 +137,11 @@ def groups(
         if run.batch == 0: raise ValueError("the loader gave no batch")
         run.epoch, run.batch = run.epoch + 1, 0
 
-# %% ../../nbs/train/10_loop.ipynb #bdd69c5e
+# %% ../../nbs/train/10_loop.ipynb #1b7c3125
 @contextmanager
 def started(
-    model: nn.Module,
-    config: TrainConfig,
+    model: nn.Module,     # called as `model(batch)`
+    config: TrainConfig,  # all numbers of the run
 ) -> Iterator[Run]:
     "A run on its device and in its precision, continued from the last checkpoint of its folder."
     try:
@@ -151,11 +157,11 @@ def started(
         finally: accelerator.unwrap_model(run.prepared, keep_fp32_wrapper=False)
     finally: AcceleratorState._reset_state(reset_partial_state=True)   # the next run may choose another precision
 
-# %% ../../nbs/train/10_loop.ipynb #b01663af
+# %% ../../nbs/train/10_loop.ipynb #ffbafa46
 def fit(
     model: nn.Module,          # called as `model(batch)`, returns a dict with a scalar "loss", a mean over clips
     loader: Iterable[dict],    # a DataLoader, or anything that can be iterated once per epoch; its batches are global
-    config: TrainConfig,
+    config: TrainConfig,       # all numbers of the run
     *,
     callbacks: Sequence = (),  # see `vfm_lab.train.callbacks`; called on the main process only
 ) -> dict[str, list[float]]:   # curves: step, every scalar the model returned, lr, grad_norm, seconds

@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['seed_everything', 'batch_len', 'fixed_order', 'checkpoints', 'save_checkpoint', 'load_checkpoint']
 
-# %% ../../nbs/train/30_resume.ipynb #15621f5e
+# %% ../../nbs/train/30_resume.ipynb #6285fdf6
 import json, os, random, shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import asdict
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from safetensors.torch import load_model, save_model
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+# %% ../../nbs/train/30_resume.ipynb #da7a80bf
+if TYPE_CHECKING: from vfm_lab.train.loop import Run   # the loop imports this module
 
 # %% ../../nbs/train/30_resume.ipynb #cbfba1e5
 def seed_everything(
@@ -69,13 +73,13 @@ def _replay(loader, seed, rank, world, epoch, start=0):
         if i >= start and batch_len(batch) >= world:
             yield {k: v[rank::world] if isinstance(v, (list, tuple)) or torch.is_tensor(v) and v.ndim else v for k, v in batch.items()}
 
-# %% ../../nbs/train/30_resume.ipynb #1c1355a4
+# %% ../../nbs/train/30_resume.ipynb #191ca744
 def fixed_order(
-    loader,          # a DataLoader, or anything that can be iterated once per epoch; batches are dicts
-    seed: int,       # decides order and augmentation
-    rank: int = 0,   # this process …
-    world: int = 1,  # … of so many
-) -> Callable:       # (epoch, start=0) -> the batches of that epoch, from batch `start` on
+    loader: Iterable[dict],  # a DataLoader, or anything that can be iterated once per epoch; batches are dicts
+    seed: int,               # decides order and augmentation
+    rank: int = 0,           # this process …
+    world: int = 1,          # … of so many
+) -> Callable:               # (epoch, start=0) -> the batches of that epoch, from batch `start` on
     "Read a loader so that each batch depends on seed, epoch and its place only; of each batch, this process's share."
     if not isinstance(loader, DataLoader) or loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         return partial(_replay, loader, seed, rank, world)
@@ -93,10 +97,10 @@ def checkpoints(
     "The checkpoints of a run."
     return sorted(Path(folder).glob("step_*"))
 
-# %% ../../nbs/train/30_resume.ipynb #3269aa03
+# %% ../../nbs/train/30_resume.ipynb #4885a0d1
 def save_checkpoint(
-    run,   # a `Run` of the loop
-) -> Path: # the checkpoint, a folder
+    run: "Run",  # of the loop
+) -> Path:       # the checkpoint, a folder
     "Write weights, optimizer and position of a run; the folder gets its name only when it is complete."
     folder = Path(run.config.folder)
     path, draft = folder / f"step_{run.step:08d}", folder / f".step_{run.step:08d}"
@@ -114,9 +118,9 @@ def save_checkpoint(
 
 def _plain(config): return json.loads(json.dumps(asdict(config), default=str))
 
-# %% ../../nbs/train/30_resume.ipynb #443d692a
+# %% ../../nbs/train/30_resume.ipynb #f8dfb3ab
 def load_checkpoint(
-    run,         # a fresh `Run` with the same model and config
+    run: "Run",  # fresh, with the same model and config
     path: Path,  # a checkpoint, a folder
 ) -> None:
     "Put a run where it was when the checkpoint was written. Raises `ValueError` if its config was another one."

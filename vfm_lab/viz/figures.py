@@ -45,11 +45,11 @@ def _finish(fig: Figure) -> Figure:
     plt.close(fig)
     return fig
 
-# %% ../../nbs/viz/00_figures.ipynb #8eb17fb4
+# %% ../../nbs/viz/00_figures.ipynb #27cf5420
 def show_frames(
-    rows: dict,   # name -> frames, uint8 (T, H, W, 3) tensor or array
-    columns=12,   # at most so many frames per row; longer videos show evenly spaced ones
-) -> Figure:      # at most 880 pixels wide
+    rows: dict,        # name -> frames, uint8 (T, H, W, 3) tensor or array
+    columns: int = 12, # at most so many frames per row; longer videos show evenly spaced ones
+) -> Figure:           # at most 880 pixels wide
     "One row of frames per name, with the frame's number under each column."
     rows = {name: np.asarray(frames) for name, frames in rows.items()}
     longest = max(len(frames) for frames in rows.values())
@@ -146,12 +146,12 @@ def save_gif(
     path.write_bytes(_gif(frames, fps))
     return path
 
-# %% ../../nbs/viz/00_figures.ipynb #b1f31950
+# %% ../../nbs/viz/00_figures.ipynb #669b59d7
 def show_gif(
     frames: Tensor,     # uint8 (T, H, W, 3)
     fps: float = 4,     # frames per second
     width: int = 240,   # pixels on the screen; the GIF itself keeps the frames' size
-):                      # IPython image; as the last value of a cell it plays, on GitHub too
+) -> object:            # IPython image; as the last value of a cell it plays, on GitHub too
     "Play the frames in the notebook (needs IPython)."
     from IPython.display import Image
     return Image(_gif(frames, fps), format="gif", width=width)

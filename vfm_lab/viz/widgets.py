@@ -5,17 +5,21 @@
 # %% auto #0
 __all__ = ['mask_strategies', 'MaskState', 'mask_state', 'Live', 'mask_sliders', 'upload_clip']
 
-# %% ../../nbs/viz/20_widgets.ipynb #c95c6a59
+# %% ../../nbs/viz/20_widgets.ipynb #05d11d7c
 import io
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 from torch import Generator, Tensor
 
 from ..tokens.masking import attention_sampled_mask, frame_mask, random_mask, tube_mask
 from .figures import OKABE_ITO, heat_overlay, mask_overlay, to_frames
+
+# %% ../../nbs/viz/20_widgets.ipynb #8702dbc6
+if TYPE_CHECKING: import ipywidgets
 
 # %% ../../nbs/viz/20_widgets.ipynb #1884ab0c
 def mask_strategies(
@@ -84,12 +88,12 @@ def mask_state(
     counts = (~mask).view(grid[0], -1).float().mean(1)
     return MaskState(mask, _mask_png(panels, counts, slot), _words(mask, grid, frame, slot, attention))
 
-# %% ../../nbs/viz/20_widgets.ipynb #ddbcfb4b
+# %% ../../nbs/viz/20_widgets.ipynb #73a65485
 class Live:
     "A widget with a twin for pages without a kernel; its controls are attributes."
     def __init__(
         self,
-        box,                                   # the ipywidgets widget to show
+        box: "ipywidgets.Widget",              # the widget to show
         text: Callable[[], str],               # the present state in words
         png: Callable[[], bytes] | None = None, # the present picture
         **controls,                            # name -> widget
