@@ -15,7 +15,7 @@ help:
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 lab: venv         ## open JupyterLab on the tour
-	$(BIN)/jupyter-lab $(AS_ROOT) --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/tour.ipynb $(LAB_FLAGS)
+	$(BIN)/jupyter-lab $(AS_ROOT) --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/tour.ipynb --LabApp.news_url=None $(LAB_FLAGS)
 
 tour: venv        ## run the tour without a browser and write it as one page, _out/tour.html
 	$(BIN)/python tools/notebooks.py page nbs/tour.ipynb _out/tour.html

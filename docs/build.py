@@ -74,6 +74,7 @@ def markdown(text, folder):
     def own(m): return f'<a href="{os.path.relpath(m[2], folder or ".")}{m[3]}"><code>{html.escape(m[1])}</code></a>'
     text = text.replace(MARK, chapters())
     text = re.sub(r"^#{2,4} (\S*[_.]\S*)$(?=\n\n```python)", anchor, text, flags=re.M)
+    text = re.sub(r"^```.*?^```", lambda m: re.sub(r"\[`([^`]+)`\]\([^)\s]*\)(\{[^}\n]*\})?", r"`\1`", m[0]), text, flags=re.M | re.S)   # no links inside code
     text = re.sub(r"(\]\([^)\s]*\))\{[^}\n]*\}", r"\1", text)
     text = re.sub(rf"\[`([^`]+)`\]\({re.escape(CFG['doc_host'] + CFG['doc_baseurl'])}/([^)#]+)(#[^)]*)?\)", own, text)
     return re.sub(r"(!?)\[([^\]]*)\]\((?!\w+:|#|/)([^)\s#]+)(#[^)\s]*)?\)", lambda m: link(m, folder), text)

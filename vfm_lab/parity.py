@@ -202,7 +202,7 @@ def run_case(
         with torch.no_grad(): return compare(case, SYSTEMS[case.system](case))
     except Exception as e: return [Line("run", False, float("nan"), 0.0, f"{type(e).__name__}: {e}")]
 
-# %% ../nbs/20_parity.ipynb #788c5a90
+# %% ../nbs/20_parity.ipynb #2ee2c99a
 def parity(
     folder: Path,          # folder of golden cases: NAME.json with NAME.safetensors
     strict: bool = False,  # systems that are not built count as failures
@@ -216,5 +216,6 @@ def parity(
         if (lines := run_case(case)) is None: print(f"– {case.name}: system {case.system!r} is not built"); missing += 1; continue
         met += all(line.met for line in lines)
         for l in lines: print(f"{'✓' if l.met else '✗'} {case.name:24} {l.output:28} max |Δ| {l.difference:.1e}  of {l.scale:.1e}  {l.note}")
+    if not paths: print(f"{folder}: no golden cases here (NAME.json beside NAME.safetensors)")
     print(f"{met} of {len(paths)} cases met, {missing} not built")
     return bool(paths) and met + missing == len(paths) and not (strict and missing)

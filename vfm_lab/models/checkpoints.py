@@ -39,13 +39,13 @@ def unwrap(
         if all(k.startswith(prefix) for k in state): state = {k.removeprefix(prefix): v for k, v in state.items()}
     return dict(state)
 
-# %% ../../nbs/models/00_checkpoints.ipynb #f2ba5827
+# %% ../../nbs/models/00_checkpoints.ipynb #b791ed03
 def read_weights(
     path: str | Path,      # .safetensors, or a torch file (.pth .pt .bin)
 ) -> dict[str, Tensor]:    # plain key → tensor, wrappers and their prefixes removed
     "Read a weight file without running code from it; raises `CheckpointError` naming the file."
     path = Path(path)
-    if not path.is_file(): raise CheckpointError(f"{path}: no such file")
+    if not path.is_file(): raise CheckpointError(f"{path}: {'a folder, not a weight file' if path.is_dir() else 'no such file'}")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}

@@ -118,7 +118,7 @@ def save_checkpoint(
 
 def _plain(config): return json.loads(json.dumps(asdict(config), default=str))
 
-# %% ../../nbs/train/30_resume.ipynb #f8dfb3ab
+# %% ../../nbs/train/30_resume.ipynb #6e6b4b66
 def load_checkpoint(
     run: "Run",  # fresh, with the same model and config
     path: Path,  # a checkpoint, a folder
@@ -128,7 +128,7 @@ def load_checkpoint(
     old, new = state.pop("config"), _plain(run.config)
     free = ("folder", "save_every", "keep")   # these do not change the result
     differ = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
-    if differ: raise ValueError(f"{path} belongs to another run ({'; '.join(differ)}): give this one its own folder")
+    if differ: raise ValueError(f"{path} belongs to another run ({'; '.join(differ)}). All numbers of a run, its steps included, shape its learning-rate curve: give this one its own folder, and load the old weights to go on from them")
     load_model(run.model, str(path / "model.safetensors"))
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     run.optimizer.load_state_dict(saved["optimizer"])
