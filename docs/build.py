@@ -14,7 +14,7 @@ import nbdev.processors
 import nbdev.serve
 import nbdev.serve_drv
 import yaml
-from notebooks import CFG, animated, notebooks
+from notebooks import CFG, REMOTE, animated, notebooks
 from readme import MARK, chapters
 
 SITE, PROC, WORK = ROOT/"_docs", ROOT/"_proc", ROOT/"_proc_site"
@@ -72,7 +72,7 @@ def anchor(m):
 def markdown(text, folder):
     "Quarto's Markdown as MyST reads it, for a page in `folder`."
     def own(m): return f'<a href="{os.path.relpath(m[2], folder or ".")}{m[3]}"><code>{html.escape(m[1])}</code></a>'
-    text = text.replace(MARK, chapters())
+    text = REMOTE.sub(r"\1", text.replace(MARK, chapters()))   # the site makes no calls
     text = re.sub(r"^#{2,4} (\S*[_.]\S*)$(?=\n\n```python)", anchor, text, flags=re.M)
     text = re.sub(r"^```.*?^```", lambda m: re.sub(r"\[`([^`]+)`\]\([^)\s]*\)(\{[^}\n]*\})?", r"`\1`", m[0]), text, flags=re.M | re.S)   # no links inside code
     text = re.sub(r"(\]\([^)\s]*\))\{[^}\n]*\}", r"\1", text)
