@@ -256,7 +256,7 @@ class EpochSampler(Sampler):
         self.set_epoch(self.epoch + 1)
         yield from ((stream, i) if self.keyed else i for i in order.tolist())
 
-# %% ../../nbs/data/30_datasets.ipynb #92deda1d
+# %% ../../nbs/data/30_datasets.ipynb #ad723868
 def skip_report(
     skipped: list[str],  # messages of `VideoReadError`, which name file and cause
 ) -> str:
@@ -265,7 +265,7 @@ def skip_report(
     return "\n".join([f"{len(skipped)} of the clips asked for could not be read; others took their place:", *lines])
 
 class Loader(DataLoader):
-    "A `DataLoader` of dicts that reports skipped clips after each epoch; `.skipped` holds the messages."
+    "A `DataLoader` of dicts that reports skipped clips after each epoch; `.skipped` holds the messages of the last one."
     skipped: Sequence[str] = ()
 
     def __iter__(self):

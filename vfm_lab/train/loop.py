@@ -137,7 +137,7 @@ def groups(
         if run.batch == 0: raise ValueError("the loader gave no batch")
         run.epoch, run.batch = run.epoch + 1, 0
 
-# %% ../../nbs/train/10_loop.ipynb #1b7c3125
+# %% ../../nbs/train/10_loop.ipynb #e574c1f1
 @contextmanager
 def started(
     model: nn.Module,     # called as `model(batch)`
@@ -152,7 +152,9 @@ def started(
         run = Run(model, optimizer, config, accelerator)
         run.prepared, run.optimizer = accelerator.prepare(model.train(), optimizer)
         try:
-            if config.folder and (found := checkpoints(config.folder)): load_checkpoint(run, found[-1])
+            if config.folder and (found := checkpoints(config.folder)):
+                load_checkpoint(run, found[-1])
+                accelerator.print(f"continuing {found[-1].name}: {run.step} of {config.steps} steps are done")
             yield run
         finally: accelerator.unwrap_model(run.prepared, keep_fp32_wrapper=False)
     finally: AcceleratorState._reset_state(reset_partial_state=True)   # the next run may choose another precision
