@@ -66,19 +66,26 @@ def system(
         return run
     return register
 
-# %% ../nbs/20_parity.ipynb #0a6b8831
+# %% ../nbs/20_parity.ipynb #ee5b31b1
+def _only(case: Case, **built) -> dict:
+    "The config of a case; a setting that our module does not have is an error, not a wrong comparison."
+    odd = [f"{k}={case.config[k]!r} (built: {v!r})" for k, v in built.items() if case.config.get(k, v) != v]
+    if odd: raise ValueError(f"config asks for {', '.join(odd)}")
+    return case.config
+
 def _vit(c: dict) -> dict:
     "Arguments of a video ViT from a case's config."
     return dict(image_size=c["image_size"], patch=c["patch_size"], frames=c["num_frames"], tubelet=c["tubelet_size"], dim=c["embed_dim"], depth=c["depth"],
                 heads=c["num_heads"], mlp_ratio=c["mlp_ratio"], bias="qv" if c["qkv_bias"] else "none", layer_scale=c["layer_scale"], drop_path=c["drop_path"])
 
-# %% ../nbs/20_parity.ipynb #18df071d
+# %% ../nbs/20_parity.ipynb #d0d7d19c
 @system("umt_stage1")
 def umt_stage1(
     case: Case,  # of the system `umt_stage1`
 ) -> Outputs:    # by the names of the official outputs
     "UMT's first stage: mask, student, teacher and loss."
-    c, clip = case.config, case.inputs["clip"]
+    clip = case.inputs["clip"]
+    c = _only(case, student_return_interval=1, teacher_return_interval=1, ln_eps=1e-6, teacher_ln_eps=1e-5)
     student = UMTStudent(c["teacher_output_dim"], c["num_return_layers"], **_vit(c)).eval()
     teacher = CLIPVision(c["teacher_image_size"], c["teacher_patch_size"], c["teacher_embed_dim"], c["teacher_depth"], c["teacher_num_heads"], c["teacher_output_dim"], c["teacher_mlp_ratio"])
     load_weights(student, case.part("student."))
@@ -93,13 +100,13 @@ def umt_stage1(
             "teacher_features": F.normalize(teacher.project(hidden), dim=-1), "teacher_cls_attention": attention.flatten(0, 1),
             "loss": uta_loss(projected, teacher_target(teacher, hidden, mask), c["loss_type"]), "position_table": student.encoder.pos}
 
-# %% ../nbs/20_parity.ipynb #a1a0a36c
+# %% ../nbs/20_parity.ipynb #6b744605
 @system("umt_teacher_conversion")
 def umt_teacher_conversion(
     case: Case,  # of the system `umt_teacher_conversion`
 ) -> Outputs:    # by the names of the official outputs
     "CLIP weights made into UMT's teacher: inflated stem, resized positions."
-    c = case.config
+    c = _only(case, temporal_kernel=1, ln_eps=1e-5)
     stem = inflate_stem(case.inputs["stem_weight_2d"], c["temporal_kernel"], c["center"])
     state = vision_from_openai({**case.weights, "conv1.weight": stem, "positional_embedding": case.inputs["positional_embedding"]})
     state = resize_grid(state, c["image_size"], c["patch_size"])
@@ -110,24 +117,25 @@ def umt_teacher_conversion(
     return {"stem_weight_3d": stem, "resized_positional_embedding": state["pos_embed"], "cls_attention": attention.flatten(0, 1),
             "features": F.normalize(features, dim=-1) if c["norm_type"] == "l2" else features}
 
-# %% ../nbs/20_parity.ipynb #1a81f9aa
+# %% ../nbs/20_parity.ipynb #416a52d1
 @system("umt_finetune")
 def umt_finetune(
     case: Case,  # of the system `umt_finetune`
 ) -> Outputs:    # by the names of the official outputs
     "UMT's fine-tuned classifier, with its resized position table."
-    model = UMTClassifier(case.config["num_classes"], **_vit(case.config)).eval()
+    c = _only(case, base_table_slots=8, base_table_grid=14, ln_eps=1e-6)
+    model = UMTClassifier(c["num_classes"], **_vit(c)).eval()
     load_weights(model, case.weights, classifier_from_finetuned)
     pooled = model.pool(case.inputs["clip"])
-    return {"pooled": pooled, "logits": model.head(pooled), "position_table_rows": model.pos[:: case.config["table_row_stride"]]}
+    return {"pooled": pooled, "logits": model.head(pooled), "position_table_rows": model.pos[:: c["table_row_stride"]]}
 
-# %% ../nbs/20_parity.ipynb #31abd2b5
+# %% ../nbs/20_parity.ipynb #5a1d5f21
 @system("clip_vision")
 def clip_vision(
     case: Case,  # of the system `clip_vision`
 ) -> Outputs:    # by the names of the official outputs
     "CLIP's image tower, with all hidden states and the last attention."
-    c, image = case.config, case.inputs["image"]
+    c, image = _only(case, activation="quick_gelu", ln_eps=1e-5), case.inputs["image"]
     tower = CLIPVision(c["image_size"], c["patch_size"], c["embed_dim"], c["depth"], c["num_heads"], c["projection_dim"], c["mlp_dim"] / c["embed_dim"]).eval()
     load_weights(tower, case.weights, vision_from_transformers)
     states = [tower.embed(image.unsqueeze(2))]
@@ -136,13 +144,13 @@ def clip_vision(
     return {"image_embedding": tower(image), "last_hidden": states[-1], "hidden_states": torch.stack(states), "last_attention": torch.stack(rows, 2),
             "pooled": tower.norm(states[-1][:, 0])}
 
-# %% ../nbs/20_parity.ipynb #0332c54b
+# %% ../nbs/20_parity.ipynb #4839617e
 @system("clip_text")
 def clip_text(
     case: Case,  # of the system `clip_text`
 ) -> Outputs:    # by the names of the official outputs
     "CLIP's text tower, with and without a padding mask."
-    c, ids, real = case.config, case.inputs["token_ids"], case.inputs["attention_mask"].bool()
+    c, ids, real = _only(case, activation="quick_gelu", ln_eps=1e-5), case.inputs["token_ids"], case.inputs["attention_mask"].bool()
     tower = CLIPText(c["vocab_size"], c["context_length"], c["embed_dim"], c["depth"], c["num_heads"], c["projection_dim"], c["mlp_dim"] / c["embed_dim"]).eval()
     load_weights(tower, case.weights, text_from_transformers)
     states = tower.encode(ids, real)
