@@ -28,7 +28,7 @@ setup(
     extras_require={"notebooks": notebooks, "dev": notebooks + dev},
     packages=[*find_packages(include=["vfm_lab", "vfm_lab.*"]), "vfm_lab._assets"],
     package_dir={"vfm_lab._assets": "data"},
-    package_data={"vfm_lab._assets": ["*", "clips/*", "weights/*", "*/*.json", "*/*.csv"]},
+    package_data={"vfm_lab._assets": ["*", "clips/*", "weights/*", "widgets/*", "*/*.json", "*/*.csv"]},
     include_package_data=False,
     entry_points={
         "console_scripts": shlex.split(cfg["console_scripts"]),

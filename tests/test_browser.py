@@ -1,4 +1,4 @@
-"""JupyterLab as `make lab` starts it, in a real headless Chromium: the tour opens, Run All ends without errors, sliders change pictures."""
+"""JupyterLab as `make lab` starts it, in a real headless Chromium: the tour opens, Run All ends without errors, every control of its explorers works."""
 import json
 import os
 import re
@@ -12,16 +12,17 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from PIL import Image
+from playwright.sync_api import TimeoutError, sync_playwright
 
 from tools.browser import chromium, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCREENS = Path(os.environ.get("SCREENS", ROOT/"_out/screens"))
 LIMIT = 300  # seconds for Run All at smoke budget
-PICTURES = """root => Promise.all([...root.querySelectorAll("img")].map(async i => {
-    const bytes = new Uint8Array(await (await fetch(i.src)).arrayBuffer());
-    return bytes.length + ":" + bytes.reduce((a, b) => (a * 31 + b) >>> 0, 7) }))"""
+SEEN = """root => JSON.stringify([...root.querySelectorAll("section[data-part]:not([hidden])")].map(s =>
+    [s.dataset.part, s.querySelector("canvas").toDataURL(), s.querySelector(".vfm-charts").innerHTML, s.querySelector(".vfm-title").textContent])
+    .concat([root.querySelector(".vfm-words").textContent]))"""
 
 
 def free_port():
@@ -133,25 +134,149 @@ def test_run_all(lab, page):
     waiting = [i for i, c in enumerate(cells) if not c["execution_count"]]
     assert cells and not waiting, f"code cells {waiting} of {len(cells)} were not run in {LIMIT} s"
 
-def test_slider_changes_picture(page):
-    "Every slider answers the keyboard; at least one of them changes the pixels of a picture in its cell."
-    sliders = page.locator(".jp-Cell .widget-slider .noUi-handle")
-    assert sliders.count(), "the tour shows no slider"
-    changed = []
-    for i in range(sliders.count()):
-        handle = sliders.nth(i)
-        cell = handle.locator("xpath=ancestor::*[contains(concat(' ', @class, ' '), ' jp-Cell ')]").element_handle()
-        handle.scroll_into_view_if_needed()
-        page.wait_for_timeout(500)
-        before, value = page.evaluate(PICTURES, cell), handle.get_attribute("aria-valuenow")
-        shoot(page, f"slider-{i}-before")
-        handle.focus()
-        for key in ("ArrowRight", "ArrowRight", "ArrowLeft"):
-            handle.press(key)
-            if handle.get_attribute("aria-valuenow") != value: break
-        assert handle.get_attribute("aria-valuenow") != value, f"slider {i} does not move"
+
+class Explorer:
+    "One explorer of the page: what is drawn, and its controls."
+    def __init__(self, page, index):
+        self.page, self.root = page, page.locator(".jp-OutputArea .vfm-explorer").nth(index)
+        self.root.wait_for(timeout=30_000)
+        self.root.scroll_into_view_if_needed()
+        page.wait_for_function("root => Number(root.dataset.paints) > 0", arg=self.root.element_handle(), timeout=30_000)
+
+    def seen(self): return json.loads(self.root.evaluate(SEEN))
+    def words(self): return self.seen()[-1]
+    def says(self, pattern):
+        "Wait until the words match."
+        words = self.root.locator(".vfm-words").filter(has_text=re.compile(pattern))
+        try: words.wait_for(timeout=10_000)
+        except TimeoutError: raise AssertionError(f"{pattern!r} is not in {self.words()!r}") from None
+        return re.search(pattern, self.words())
+    def control(self, name): return self.root.locator(f"[data-control={name}]")
+    def picture(self, part): return self.root.locator(f"section[data-part={part}] canvas")
+
+    def changes(self, act, what):
+        "Do something and wait until something else is drawn."
+        before = self.seen()
+        act()
         end = time.time() + 10
-        while time.time() < end and page.evaluate(PICTURES, cell) == before: page.wait_for_timeout(200)
-        shoot(page, f"slider-{i}-after")
-        changed.append(page.evaluate(PICTURES, cell) != before)
-    assert any(changed), f"none of {len(changed)} sliders changed a picture"
+        while (after := self.seen()) == before:
+            assert time.time() < end, f"{what} changes nothing that is drawn"
+            self.page.wait_for_timeout(30)
+        while (later := self.seen()) != after:   # the kernel's answer may follow
+            after = later
+            self.page.wait_for_timeout(100)
+        return before, after
+
+    def click(self, part, row, column, grid=8):
+        box = self.picture(part).bounding_box()
+        self.picture(part).click(position={"x": box["width"] * (column + .5) / grid, "y": box["height"] * (row + .5) / grid})
+
+
+def every_control(explorer):
+    "Each select, slider and toggle is turned to another value and back; each time something else is drawn."
+    turned = []
+    for control in explorer.root.locator("[data-control]").all():
+        name, kind = control.get_attribute("data-control"), control.evaluate("e => e.type")
+        if not control.is_visible() or kind == "submit" or name == "gif": continue
+        if kind == "select-one":
+            start = control.input_value()
+            for value in [v for v in control.locator("option").all_inner_texts() if v != start][:1] + [start]:
+                explorer.changes(lambda: control.select_option(value), f"{name} = {value}")  # noqa: B023
+        elif kind == "range":
+            control.focus()
+            for key in ("ArrowRight", "ArrowLeft"): explorer.changes(lambda: control.press(key), f"{name}, {key}")  # noqa: B023
+        else: continue
+        turned.append(name)
+    return turned
+
+def test_mask_explorer_every_control(page):
+    explorer = Explorer(page, 0)
+    shoot(page, "masks")
+    assert {"a", "b", "ratio", "seed", "layer", "head", "overlay", "frame"} <= set(every_control(explorer))
+    for strategy in ("random", "tube", "frame", "running cell", "attention"):
+        title = explorer.root.locator("section[data-part=a] .vfm-title")
+        explorer.control("a").select_option(strategy)
+        page.wait_for_function("([e, word]) => e.textContent.includes(word)", arg=[title.element_handle(), strategy])
+        shoot(page, f"masks-{strategy.replace(' ', '-')}")
+
+def test_mask_explorer_play(page):
+    explorer = Explorer(page, 0)
+    play = explorer.root.locator("[data-action=play]")
+    play.click()
+    frames = set()
+    for _ in range(40):
+        frames.add(explorer.control("frame").input_value())
+        page.wait_for_timeout(60)
+    play.click()
+    assert len(frames) >= 4, f"in 2.4 s of playing only the frames {sorted(frames)} were shown"
+    page.wait_for_timeout(600)
+    still = explorer.control("frame").input_value()
+    page.wait_for_timeout(800)
+    assert explorer.control("frame").input_value() == still, "the second click does not stop the player"
+
+def test_mask_explorer_click_on_a_patch(page):
+    explorer = Explorer(page, 0)
+    before, after = explorer.changes(lambda: explorer.click("look", 2, 5), "a click on a patch")
+    explorer.says("the patch in frame .*row 2, column 5")
+    assert [a[2] != b[2] for a, b in zip(before[:-1], after[:-1])] == [True, False, False]   # the charts of the masks stay
+    shoot(page, "masks-patch")
+    picture = explorer.picture("look")
+    picture.focus()
+    explorer.changes(lambda: (picture.press("ArrowDown"), picture.press("Enter")), "arrow and Enter on a picture")
+    explorer.says("row 3, column 5")
+    explorer.changes(lambda: explorer.control("query").click(), "letting the patch go")
+    explorer.says("the class token")
+
+def test_mask_explorer_predict_first(page):
+    "Hide, draw by drag and by click, reveal, read the score."
+    explorer = Explorer(page, 0)
+    explorer.changes(explorer.control("predict").click, "Predict first")
+    explorer.says("attention is hidden.* 0 of")
+    box = explorer.picture("a").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * .4, box["y"] + box["height"] * .55)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * .7, box["y"] + box["height"] * .55, steps=6)
+    page.mouse.up()
+    explorer.changes(lambda: explorer.click("a", 5, 4), "a click on a patch while drawing")
+    page.wait_for_timeout(500)
+    assert int(explorer.says(r"([1-9]\d*) of \d+ patches marked")[1]) >= 3
+    shoot(page, "masks-predict")
+    explorer.changes(explorer.control("predict").click, "revealing")
+    explorer.says(r"a score of -?\d+ of 100")
+    shoot(page, "masks-score")
+    explorer.changes(lambda: explorer.control("a").select_option("attention"), "the way back")
+
+def test_mask_explorer_gif(page, tmp_path):
+    with page.expect_download(timeout=20_000) as wait: Explorer(page, 0).control("gif").click()
+    wait.value.save_as(tmp_path/"out.gif")
+    with Image.open(tmp_path/"out.gif") as gif: assert gif.format == "GIF" and gif.n_frames == 8
+
+def test_attention_explorer_every_control(page):
+    explorer = Explorer(page, 1)
+    shoot(page, "attention")
+    assert {"a", "b", "layer_a", "layer_b", "head_a", "head_b", "frame"} <= set(every_control(explorer))
+    explorer.changes(lambda: explorer.control("head_b").select_option("rollout"), "rollout")
+    explorer.changes(lambda: explorer.click("clip", 6, 1), "a click on a patch")
+    explorer.says("row 6, column 1")
+    shoot(page, "attention-patch")
+
+def test_upload_takes_a_video(page):
+    "A file that is no video is named in words; a video becomes an explorer."
+    words = page.locator(".jp-OutputArea .widget-label").filter(has_text=re.compile("No file yet|cannot be read|frames of"))
+    upload = page.locator(".jp-OutputArea .widget-upload input[type=file], .jp-OutputArea input[type=file]").first
+    before = page.locator(".jp-OutputArea .vfm-explorer").count()
+    def choose(name, data):
+        button = page.locator(".jp-OutputArea button.widget-upload, .jp-OutputArea .widget-upload").first
+        button.scroll_into_view_if_needed()
+        if upload.count(): upload.set_input_files({"name": name, "mimeType": "video/mp4", "buffer": data})
+        else:
+            with page.expect_file_chooser() as chooser: button.click()
+            chooser.value.set_files({"name": name, "mimeType": "video/mp4", "buffer": data})
+    choose("notes.mp4", b"this is no video")
+    words.filter(has_text="cannot be read").wait_for(timeout=15_000)
+    choose("mine.mp4", (ROOT/"data/clips/03_down.mp4").read_bytes())
+    words.filter(has_text="mine.mp4: 8 frames").wait_for(timeout=15_000)
+    page.wait_for_function("n => document.querySelectorAll('.jp-OutputArea .vfm-explorer').length > n", arg=before, timeout=15_000)
+    explorer = Explorer(page, before)
+    explorer.changes(lambda: explorer.control("a").select_option("tube"), "a mask of the uploaded video")
+    shoot(page, "upload")

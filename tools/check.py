@@ -160,14 +160,14 @@ def suite(at, log, *args, limit=900):
 
 def pytest(at):
     "The tests that are not notebooks."
-    return suite(at, "pytest", "tests", "--ignore=tests/test_browser.py")
+    return suite(at, "pytest", "tests", "--ignore=tests/test_browser.py", "--ignore=tests/test_site.py")
 
 def browser(at):
     "JupyterLab in a real Chromium."
     return suite(at, "browser", "tests/test_browser.py", limit=600)
 
 def docs(at):
-    "The site builds."
+    "The site builds, all its links lead somewhere, and it works in a real Chromium without a network."
     step = Step()
     status, out = at.run("docs", sys.executable, "docs/build.py")
     if not step.check(status == 0, "docs/build.py (log: docs)"): return step
@@ -175,7 +175,8 @@ def docs(at):
     for name in at.notebooks():
         page = re.sub(r"(^|/)\d+[a-zA-Z0-9]*_([^/]*)$", r"\1\2", name[4:]).replace(".ipynb", ".html")
         step.check(page in pages, f"the site has no page for {name}")
-    return step
+    site = suite(at, "site", "tests/test_site.py", limit=300)
+    return Step(step.passed + site.passed, step.failed + site.failed, site.skipped)
 
 def wheel(at):
     "The wheel in a clean environment without the dev extra: contents, import time, every module, the CLI, the README's first lines."

@@ -2,7 +2,7 @@
   python tools/notebooks.py run [NB ...]     full budget, in place: outputs ready to commit, minutes noted in nbs/minutes.json
   python tools/notebooks.py page NB HTML     execute a copy and write it as one self-contained HTML page
 Exit status 1 when a cell fails."""
-import datetime, json, os, platform, re, sys, time
+import base64, datetime, hashlib, json, os, platform, re, sys, time
 from pathlib import Path
 
 import nbformat
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CFG = get_config(path=ROOT)
 MINUTES = ROOT/"nbs/minutes.json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PAGE, PAGES = "application/vnd.vfm-lab.page", ROOT/"docs/pages"   # what an explorer's page must know: too large for a notebook
 MATHJAX = ROOT/"docs/vendor/tex-svg-full.js"
 MATHS = r"window.MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']], processEscapes: true}};"
 REMOTE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")   # a remote badge leaves its words
@@ -38,6 +39,7 @@ def execute(path):
     nb = nbformat.read(path, 4)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ["VFM_LAB_PAGES"] = "1"
     start, error = time.time(), None
     client = NotebookClient(nb, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
                             extra_arguments=["--IPKernelApp.log_level=40"])
@@ -57,6 +59,22 @@ def without_widget(out):
     "The output without its live view; None when nothing but the widget's name is left."
     live = out.get("data", {}).pop(WIDGET, None)
     return None if live and set(out.data) <= {"text/plain"} else out
+
+def store(nb):
+    "Pages' scenes go into files of docs/pages/, named by their content; the notebook keeps the names."
+    for out in page_outputs(nb):
+        packed = base64.b64decode(out["data"][PAGE])
+        out["data"][PAGE] = f"{hashlib.sha1(packed).hexdigest()[:12]}.z"
+        PAGES.mkdir(exist_ok=True)
+        (PAGES/out["data"][PAGE]).write_bytes(packed)
+
+def page_outputs(nb): return [o for c in nb["cells"] for o in c.get("outputs", []) if PAGE in o.get("data", {})]
+
+def prune():
+    "Drop the scenes that no notebook names any more."
+    named = {"".join(o["data"][PAGE]) for path in notebooks() for o in page_outputs(json.loads(path.read_text(encoding="utf-8")))}
+    for path in PAGES.glob("*.z"):
+        if path.name not in named: path.unlink()
 
 def badge(nb, minutes):
     "Write the measured time into the chapter's badge line."
@@ -90,16 +108,21 @@ def run(paths):
             failed.append(name)
             continue
         badge(nb, seconds/60)
-        path.write_text(json.dumps(split_lines(tidy(nb)), indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+        store(tidy(nb))
+        path.write_text(json.dumps(split_lines(nb), indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
         nbdev_clean(str(path))
         noted = json.loads(MINUTES.read_text()) if MINUTES.exists() else {}
         noted[name] = {"minutes": round(seconds/60, 2), "date": datetime.date.today().isoformat(), "machine": where}
         noted = {k: v for k, v in sorted(noted.items()) if (ROOT/k).exists()}
         MINUTES.write_text(json.dumps(noted, indent=1) + "\n")
+    prune()
     return failed
 
-def animated(out):
-    "A GIF as HTML: the makers of pages know only still pictures."
+def shown(out):
+    "The output as a page shows it: an explorer that needs no kernel, a GIF as HTML (the makers of pages know only still pictures)."
+    if scene := "".join(out.get("data", {}).get(PAGE, "")):
+        from vfm_lab.viz.html import fragment
+        out["data"] = {"text/html": fragment((PAGES/scene).read_bytes() if scene.endswith(".z") else base64.b64decode(scene))}
     if (gif := out.get("data", {}).pop("image/gif", None)) and "text/html" not in out["data"]:
         out["data"]["text/html"] = f'<img src="data:image/gif;base64,{"".join("".join(gif).split())}"/>'
     return out
@@ -111,7 +134,7 @@ def plain(nb, folder):
     for cell in nb.cells:
         if cell.cell_type == "code":
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
-            cell.outputs = [animated(o) for o in cell.outputs]
+            cell.outputs = [shown(o) for o in cell.outputs]
         else: cell.source = RELATIVE.sub(absolute, REMOTE.sub(r"\1", cell.source))
     return nb
 
@@ -119,14 +142,16 @@ def page(path, dst):
     "Execute a copy of a notebook and write it as one HTML file that needs no other file and no network."
     nb, seconds, error = execute(path)
     nb = plain(tidy(nb), path.parent)
-    body, _ = HTMLExporter(embed_images=True, require_js_url="", mathjax_url="", jquery_url="").from_notebook_node(
+    text, _ = HTMLExporter(embed_images=True, require_js_url="", mathjax_url="", jquery_url="").from_notebook_node(
         nb, resources={"metadata": {"path": str(path.parent), "name": path.stem}})
-    body = re.sub(r"<script[^>]*\bsrc=[^>]*></script>|<script type=.module.>.*?</script>", "", body, flags=re.S)
+    head, body = text.split("</head>", 1)
+    head = re.sub(r"<script[^>]*\bsrc=[^>]*></script>|<script type=.module.>.*?</script>", "", head, flags=re.S)
+    tags = re.sub(r"(<script\b[^>]*>).*?</script>", r"\1", head + body, flags=re.S)
     style = "<style>blockquote {border-left: 4px solid #0072b2; padding-left: 1em}</style>"
-    head = f"{style}\n<script>{MATHS}</script>\n<script>{MATHJAX.read_text(encoding='utf-8')}</script>\n</head>"
-    outside = re.findall(r"<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)=[\"'](?!data:)([^\"']+)", body)
+    head += f"{style}\n<script>{MATHS}</script>\n<script>{MATHJAX.read_text(encoding='utf-8')}</script>\n</head>"
+    outside = re.findall(r"<(?:script|img|iframe|link|source)\b[^>]*\b(?:src|href)=[\"'](?!data:)([^\"']+)", tags)
     dst.parent.mkdir(parents=True, exist_ok=True)
-    dst.write_text(body.replace("</head>", head, 1), encoding="utf-8")
+    dst.write_text(head + body, encoding="utf-8")
     print(f"{dst}: {dst.stat().st_size/1e6:.1f} MB, executed in {seconds:.0f} s")
     if outside: print("not self-contained, it refers to:", *outside, sep="\n  ", file=sys.stderr)
     if error: print(str(error)[-4000:], file=sys.stderr)
