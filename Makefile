@@ -43,4 +43,5 @@ $(BIN)/.installed: settings.ini setup.py pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, once (PyTorch is large)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(CI),--quiet) --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements 2>/dev/null  # no question about news
 	@touch $@

@@ -202,7 +202,7 @@ def test_mask_explorer_every_control(page):
 def test_mask_explorer_play(page):
     explorer = Explorer(page, 0)
     play = explorer.root.locator("[data-action=play]")
-    play.click()
+    explorer.picture("a").press("Space")
     frames = set()
     for _ in range(40):
         frames.add(explorer.control("frame").input_value())
@@ -216,14 +216,18 @@ def test_mask_explorer_play(page):
 
 def test_mask_explorer_click_on_a_patch(page):
     explorer = Explorer(page, 0)
-    before, after = explorer.changes(lambda: explorer.click("look", 2, 5), "a click on a patch")
+    before, _ = explorer.changes(lambda: explorer.click("look", 2, 5), "a click on a patch")
     explorer.says("the patch in frame .*row 2, column 5")
+    after = explorer.seen()
     assert [a[2] != b[2] for a, b in zip(before[:-1], after[:-1])] == [True, False, False]   # the charts of the masks stay
     shoot(page, "masks-patch")
     picture = explorer.picture("look")
     picture.focus()
     explorer.changes(lambda: (picture.press("ArrowDown"), picture.press("Enter")), "arrow and Enter on a picture")
     explorer.says("row 3, column 5")
+    cells = page.locator(".jp-Notebook .jp-Cell").count()
+    for key in "abddx": picture.press(key)   # JupyterLab's own keys: insert, delete, cut
+    assert page.locator(".jp-Notebook .jp-Cell").count() == cells and explorer.root.count() == 1
     explorer.changes(lambda: explorer.control("query").click(), "letting the patch go")
     explorer.says("the class token")
 
@@ -242,7 +246,7 @@ def test_mask_explorer_predict_first(page):
     assert int(explorer.says(r"([1-9]\d*) of \d+ patches marked")[1]) >= 3
     shoot(page, "masks-predict")
     explorer.changes(explorer.control("predict").click, "revealing")
-    explorer.says(r"a score of -?\d+ of 100")
+    explorer.says(r"Score -?\d+ of 100")
     shoot(page, "masks-score")
     explorer.changes(lambda: explorer.control("a").select_option("attention"), "the way back")
 
@@ -280,3 +284,15 @@ def test_upload_takes_a_video(page):
     explorer = Explorer(page, before)
     explorer.changes(lambda: explorer.control("a").select_option("tube"), "a mask of the uploaded video")
     shoot(page, "upload")
+
+def test_dark(page):
+    "In JupyterLab's dark theme the explorers are dark, too."
+    page.get_by_role("menuitem", name="Settings", exact=True).click()
+    for name in ("Theme", "JupyterLab Dark"): page.locator(".lm-Menu-item", has_text=name).first.click()
+    page.locator("body[data-jp-theme-light=false]").wait_for(state="attached", timeout=10_000)
+    page.locator("#jupyterlab-splash").wait_for(state="detached", timeout=20_000)
+    for index, name in enumerate(("masks", "attention")):
+        explorer = Explorer(page, index)
+        ink = explorer.root.evaluate("e => getComputedStyle(e.querySelector('.vfm-words')).color.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + +b, 0)")
+        assert ink > 450, f"the words of the {name} explorer are dark on dark"
+        shoot(page, f"{name}-dark")

@@ -1,5 +1,6 @@
 "What a notebook cannot show of the training loop: killed runs, several processes, a launch from a real kernel."
-import json, os, signal, socket, subprocess, sys, time
+import json, os, shutil, signal, socket, subprocess, sys, time
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -8,13 +9,17 @@ import torch
 import train_toy
 from nbclient import NotebookClient
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from train_toy import Net, Points
 
 from vfm_lab.data.datasets import make_loader
 from vfm_lab.data.synth import SynthDataset
-from vfm_lab.train.callbacks import Callback, LivePlot, ProgressBar
+from vfm_lab.nn.blocks import Block
+from vfm_lab.nn.vit import VideoClassifier
+from vfm_lab.tasks.finetune import FineTune
+from vfm_lab.train.callbacks import EMA, Callback, LivePlot, ProgressBar
 from vfm_lab.train.loop import NonFiniteLoss, TrainConfig, fit
 from vfm_lab.train.resume import checkpoints, fixed_order
 
@@ -250,3 +255,101 @@ def test_in_a_terminal(capsys):
     fit(Net(), DataLoader(Points(), batch_size=13), TrainConfig(steps=3), callbacks=[ProgressBar(), LivePlot()])
     out, err = capsys.readouterr()
     assert out == "" and "3/3" in err and "loss=" in err
+
+
+class Stop(Callback):
+    "Ends the run after some step, as Ctrl-C does."
+    def __init__(self, step): self.step = step
+    def on_step(self, run):
+        if run.step == self.step: raise KeyboardInterrupt
+
+
+def tune(folder, *callbacks):
+    "A fine-tuning with everything that a checkpoint must carry: rates per layer, mixtures, drop path, an average of the weights."
+    torch.manual_seed(0)
+    model = VideoClassifier(8, image_size=16, patch=8, frames=4, tubelet=2, dim=16, depth=3, heads=2, drop_path=0.2)
+    task = FineTune(model, 8)
+    ema = EMA(task, decay=0.8)
+    loader = make_loader(SynthDataset(16, frames=4, size=16), 4, shuffle=True)
+    history = fit(task, loader, TrainConfig(steps=10, lr=1e-2, layer_decay=0.6, folder=folder, save_every=4), callbacks=[ema, *callbacks])
+    return task, ema, history
+
+
+def test_rates_per_layer_and_average_survive_a_stop(tmp_path):
+    task, ema, history = tune(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt): tune(tmp_path / "cut", Stop(6))
+    assert [p.name for p in checkpoints(tmp_path / "cut")] == ["step_00000004"]
+    task2, ema2, history2 = tune(tmp_path / "cut")
+    assert history2["loss"] == history["loss"] and history2["step"] == list(range(1, 11))
+    for a, b in ((task, task2), (ema.model, ema2.model)):
+        for name, value in a.state_dict().items(): assert torch.equal(value, b.state_dict()[name]), name
+    assert any(not torch.equal(v, ema.model.state_dict()[k]) for k, v in task.state_dict().items())
+
+
+def test_an_average_that_a_crash_did_not_reach_is_not_kept(tmp_path):
+    class Early(Callback):   # comes before the average in the list, and fails when the checkpoint is already there
+        def on_step(self, run):
+            if run.step == 4: raise KeyboardInterrupt
+    torch.manual_seed(0)
+    model = Net()
+    ema = EMA(model)
+    loader = DataLoader(Points(), batch_size=10)
+    with pytest.raises(KeyboardInterrupt): fit(model, loader, TrainConfig(steps=8, folder=tmp_path, save_every=4), callbacks=[Early(), ema])
+    path, = checkpoints(tmp_path)
+    assert path.name == "step_00000004" and not (path / "ema.safetensors").exists()
+    with pytest.raises(ValueError, match="holds no average"): fit(Net(), loader, TrainConfig(steps=8, folder=tmp_path, save_every=4), callbacks=[EMA(model)])
+    assert not (path / "ema.safetensors").exists()
+
+
+def test_a_run_that_stops_at_nan_keeps_its_average(tmp_path):
+    torch.manual_seed(0)
+    model = Net()
+    ema = EMA(model, decay=0.5)
+    with pytest.raises(NonFiniteLoss): fit(model, DataLoader(Points(poisoned=33), batch_size=10), TrainConfig(steps=8, folder=tmp_path), callbacks=[ema])
+    path, = checkpoints(tmp_path)
+    saved = load_file(path / "ema.safetensors")
+    for name, value in ema.model.state_dict().items(): assert torch.equal(value, saved[name])
+
+
+class Stack(torch.nn.Module):
+    "Blocks with stochastic depth, as many rates as blocks."
+    def __init__(self, depth=3):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block(8, 2, drop_path=i / 20) for i in range(depth))
+    def forward(self, batch):
+        x = batch["x"].unflatten(1, (2, 4)).repeat(1, 1, 2)
+        for block in self.blocks: x = block(x)
+        return dict(loss=(x.mean((1, 2)) - batch["y"]).square().mean())
+
+
+def stack_run(depth=3, **options):
+    torch.manual_seed(0)
+    model = Stack(depth)
+    return model, fit(model, DataLoader(Points(), batch_size=13), TrainConfig(steps=4, lr=1e-2, **options))
+
+
+def test_recompute_changes_nothing(tmp_path):
+    plain, one = stack_run(folder=tmp_path)
+    model, two = stack_run(recompute=True)
+    assert one["loss"] == two["loss"] and all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters()))
+    assert not any("forward" in vars(b) for b in model.blocks)
+    shutil.rmtree(checkpoints(tmp_path)[-1])
+    assert stack_run(recompute=True, folder=tmp_path)[1]["loss"] == one["loss"]   # it does not belong to a run's numbers
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_block_is_compiled(tmp_path, monkeypatch, recompute):
+    "With more rates of stochastic depth than torch has patience for; the saved names are plain."
+    counter, compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=counter))
+    torch._dynamo.reset()
+    _, history = stack_run(10, compile=True, recompute=recompute, folder=tmp_path)
+    assert counter.frame_count >= 10 and not any("_orig_mod" in name for name in load_file(checkpoints(tmp_path)[-1] / "model.safetensors"))
+    assert_close(history["loss"], stack_run(10)[1]["loss"], atol=1e-5, rtol=1e-5)
+
+
+def test_fsdp_of_the_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="shard=True"): trained(DataLoader(Points(), batch_size=13), steps=1)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    trained(DataLoader(Points(), batch_size=13), steps=1)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Outputs', 'SYSTEMS', 'Case', 'read_case', 'system', 'umt_stage1', 'umt_teacher_conversion', 'umt_finetune',
-           'clip_vision', 'clip_text', 'videomae_v2_masks', 'Line', 'compare', 'run_case', 'parity']
+           'clip_vision', 'clip_text', 'videomae_v2_masks', 'videomae_v2_pretrain', 'videomae_v2_finetune',
+           'videomae_pretrain', 'videomae_classifier', 'Line', 'compare', 'run_case', 'parity']
 
-# %% ../nbs/20_parity.ipynb #6eb2c42f
+# %% ../nbs/20_parity.ipynb #8e370ef9
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,11 @@ from .models.checkpoints import load_weights
 from .models.clip import (CLIPText, CLIPVision, inflate_stem, resize_frames, resize_grid, text_from_transformers, vision_from_openai,
                                  vision_from_transformers)
 from .models.umt import UMTClassifier, UMTStudent, classifier_from_finetuned, teacher_target
+from .models.videomae import VideoMAE, VideoMAEClassifier, from_transformers
 from .objectives.alignment import uta_loss
+from .objectives.reconstruction import pixel_target
 from .tokens.masking import mask_from_order, repeat_in_time, running_cell_mask
+from .tokens.patching import visible_indices
 
 # %% ../nbs/20_parity.ipynb #b27d97b3
 @dataclass
@@ -172,6 +176,61 @@ def videomae_v2_masks(
     cells = {f"running_cell_{int(100 * r)}": torch.stack([running_cell_mask(1, grid, r, phase=p).view(t, h * w) for p in range(4)])
              for r in case.config["decoder_mask_ratios"]}
     return {"tube_masks": torch.stack(tubes), **cells}
+
+# %% ../nbs/20_parity.ipynb #0f0b0911
+@system("videomae_v2_pretrain")
+def videomae_v2_pretrain(
+    case: Case,  # of the system `videomae_v2_pretrain`
+) -> Outputs:    # by the names of the official outputs
+    "VideoMAE V2's pre-training step under given masks."
+    clip, mask, decoder_mask = (case.inputs[k] for k in ("clip", "encoder_mask", "decoder_mask"))
+    c = _only(case, ln_eps=1e-6, normalize_target=True)
+    model = VideoMAE(decoder_dim=c["decoder_embed_dim"], decoder_depth=c["decoder_depth"], decoder_heads=c["decoder_num_heads"], cosine=c["cosine_attention"], **_vit(c)).eval()
+    load_weights(model, case.weights)
+    wanted = visible_indices(decoder_mask)
+    return {"encoder_tokens": model.encoder(clip, mask), "predictions": model.predict(clip, mask, decoder_mask),
+            "targets": pixel_target(clip, model.patch, model.tubelet, tokens=wanted), "loss_tokens": mask.gather(1, wanted),
+            "loss": model.loss(clip, mask, decoder_mask)}
+
+# %% ../nbs/20_parity.ipynb #e3ded35b
+@system("videomae_v2_finetune")
+def videomae_v2_finetune(
+    case: Case,  # of the system `videomae_v2_finetune`
+) -> Outputs:    # by the names of the official outputs
+    "VideoMAE V2's classifier, with plain or cosine attention."
+    c = _only(case, mean_pooling=True, ln_eps=1e-6)
+    model = VideoMAEClassifier(c["num_classes"], cosine=c["cosine_attention"], **_vit(c)).eval()
+    load_weights(model, case.weights)
+    pooled = model.pool(case.inputs["clip"])
+    return {"pooled": pooled, "logits": model.head(pooled)}
+
+# %% ../nbs/20_parity.ipynb #9bcead5d
+def _transformers(c: dict) -> dict:
+    "Arguments of a video ViT from the config of a transformers case."
+    return _vit({**c, "mlp_ratio": c["mlp_dim"] / c["embed_dim"], "qkv_bias": True, "layer_scale": 0.0, "drop_path": 0.0})
+
+@system("videomae_pretrain")
+def videomae_pretrain(
+    case: Case,  # of the system `videomae_pretrain`
+) -> Outputs:    # by the names of the official outputs
+    "transformers' VideoMAEForPreTraining: all that is hidden is decoded."
+    clip, mask = case.inputs["clip"].transpose(1, 2), case.inputs["mask"]
+    c = _only(case, ln_eps=1e-6, normalize_target=True, decoder_mlp_dim=case.config["decoder_embed_dim"] * case.config["mlp_dim"] // case.config["embed_dim"])
+    model = VideoMAE(decoder_dim=c["decoder_embed_dim"], decoder_depth=c["decoder_depth"], decoder_heads=c["decoder_num_heads"], **_transformers(c)).eval()
+    model.decoder.norm.eps = 1e-5
+    load_weights(model, case.weights, from_transformers)
+    return {"encoder_tokens": model.encoder(clip, mask), "predictions": model.predict(clip, mask, ~mask), "loss": model.loss(clip, mask, ~mask)}
+
+@system("videomae_classifier")
+def videomae_classifier(
+    case: Case,  # of the system `videomae_classifier`
+) -> Outputs:    # by the names of the official outputs
+    "transformers' VideoMAEForVideoClassification."
+    c = _only(case, ln_eps=1e-6)
+    model = VideoMAEClassifier(c["num_classes"], **_transformers(c)).eval()
+    model.fc_norm.eps = 1e-5
+    load_weights(model, case.weights, from_transformers)
+    return {"logits": model(case.inputs["clip"].transpose(1, 2))}
 
 # %% ../nbs/20_parity.ipynb #04d58c10
 @dataclass

@@ -2,7 +2,8 @@
 //   live: the model is anywidget's, and Python answers new settings with a new view     -> render
 //   page: the model is a table of panels that were computed before, no Python is asked  -> start, page
 // scene (fixed): title, grid [t, h, w], size [H, W], frames (data URLs), parts, controls.  settings: control name -> value.
-// view: part -> panel, and a panel holds one character per token: its class (0 seen, 1 hidden, 2 hidden and decoded), its heat (0 … f).
+// view: part -> panel, and a panel holds one character per token: its class (0 seen, 1 hidden, 2 hidden and decoded), its heat (0 … f);
+// where it shows something else than the clip, it brings frames of its own.
 
 const BLUE = "#0072B2", ORANGE = "#E69F00", VERMILION = "#D55E00", YELLOW = "#F0E442", GREY = "#8c8c8c";  // Okabe-Ito: colour-blind safe
 const CIVIDIS = ["#00224e", "#002e6c", "#1e3a6f", "#35456c", "#47516c", "#575d6d", "#666970", "#757575",
@@ -34,17 +35,17 @@ const axes = (low, high) => [
   svg("path", { d: `M${LEFT} ${BASE}.5H${WIDTH}`, class: "vfm-axis" }),
   text(LEFT - 4, TOP + 4, high, "end"), text(LEFT - 4, BASE + 1, low, "end")];
 
-function bars(chart, values, slot) {  // one bar per temporal slot; the shown one is orange and says its number
+function bars(chart, values, slot, unit) {  // one bar per temporal slot; the shown one is orange and says its number
   const max = chart.max || Math.max(...values) || 1, step = (WIDTH - LEFT) / values.length;
   const every = Math.ceil(values.length / 8), labelled = i => i === slot || (i % every === 0 && Math.abs(i - slot) >= every / 2);
   const strong = { class: "vfm-strong" }, y = value => BASE - (BASE - TOP) * Math.min(1, value / max), middle = i => LEFT + step * (i + 0.5);
-  return picture(`${chart.title}: ${short(values[slot])} in slot ${slot}, of at most ${short(max)}`, 90, ...axes("0", short(max)),
+  return picture(`${chart.title}: ${short(values[slot])} in ${unit} ${slot}, of at most ${short(max)}`, 90, ...axes("0", short(max)),
     ...values.map((value, i) => rect(LEFT + step * i + step * 0.12, y(value), step * 0.76, BASE - y(value), i === slot ? ORANGE : BLUE)),
-    text(middle(slot), y(values[slot]) - 3, short(values[slot]), "middle", strong), text(LEFT - 4, 87, "slot", "end"),
+    text(middle(slot), y(values[slot]) - 3, short(values[slot]), "middle", strong), text(LEFT - 4, 87, unit, "end"),
     ...values.map((_, i) => labelled(i) ? text(middle(i), 87, i, "middle", i === slot ? strong : {}) : ""));
 }
 function bins(chart) {  // groups of bars, one colour per series
-  const series = Object.entries(chart.series), max = Math.max(...series.flatMap(([, values]) => values)) || 1;
+  const series = Object.entries(chart.series), max = 1;
   const step = (WIDTH - LEFT) / chart.labels.length, width = step * 0.8 / series.length;
   const said = series.map(([name, values]) => `${name}: ${values.map((v, i) => `${chart.labels[i]} ${percent(v)}`).join(", ")}`);
   return picture(`${chart.title}. ${said.join(". ")}`, 90, ...axes("0", `${Math.round(100 * max)}%`),
@@ -58,22 +59,22 @@ function share(chart) {  // one horizontal bar; its text stands beside the title
   return picture(`${chart.title}: ${chart.text}`, 12,
     rect(0.5, 0.5, WIDTH - 1, 11, "none", { class: "vfm-hair" }), rect(0, 0, WIDTH * Math.min(1, chart.value), 12, BLUE));
 }
-function cell(chart, slot) {  // left: the 2×2 cell of the shown slot; right: the queue of four of every slot, which turns with time
+function cell(chart, slot, unit) {  // left: the 2×2 cell of the shown slot; right: the queue of four of every slot, which turns with time
   const color = skipped => skipped ? GREY : VERMILION, from = 84, step = (WIDTH - from) / chart.values.length, side = 15;
   const names = ["top left", "top right", "bottom left", "bottom right"].filter((_, i) => !chart.values[slot][i]);
-  return picture(`${chart.title}: slot ${slot} decodes ${names.join(", ")}`, 90,
+  return picture(`${chart.title}: ${unit} ${slot} decodes ${names.join(", ")}`, 90,
     ...chart.values[slot].map((skipped, i) => rect(4 + 30 * (i % 2), TOP + 30 * (i >> 1), 29, 29, color(skipped))),
     ...chart.values.flatMap((queue, s) => queue.map((skipped, i) =>
       rect(from + step * s + 1, TOP + side * i, step - 2, side - 1, color(skipped)))),
     rect(from + step * slot, TOP - 1.5, step, 4 * side + 2, "none", { class: "vfm-frame" }),
-    text(33, 87, "cell"), text(from - 4, 87, "slot", "end"), text(from + step * (slot + 0.5), 87, slot, "middle", { class: "vfm-strong" }));
+    text(33, 87, "cell"), text(from - 4, 87, unit, "end"), text(from + step * (slot + 0.5), 87, slot, "middle", { class: "vfm-strong" }));
 }
-const CHARTS = { slots: (c, slot) => bars(c, c.values, slot), pairs: (c, slot) => bars(c, c.values[slot], slot), bins, share, cell };
+const CHARTS = { slots: (c, slot, unit) => bars(c, c.values, slot, unit), pairs: (c, slot, unit) => bars(c, c.values[slot], slot, unit), bins, share, cell };
 
-function chart(c, slot) {
+function chart(c, slot, unit) {
   const caption = html("figcaption", {}, c.unit ? `${c.title} (${c.unit})` : c.title);
   if (c.kind === "share") caption.append(": ", html("b", {}, c.text));
-  return html("figure", { "data-chart": c.kind }, caption, CHARTS[c.kind](c, slot));
+  return html("figure", { "data-chart": c.kind }, caption, CHARTS[c.kind](c, slot, unit));
 }
 
 // ── Pictures: a frame, and per patch what became of it ──────────────────────────────────────────────────────────────
@@ -108,7 +109,7 @@ function drawPanel(canvas, { color, grey }, [, h, w], slot, { digits, heat, over
     if (tinted) cover(i, CIVIDIS[parseInt(heat[token], 16)], 0.65);
     if (faded) cover(i, GREY, 0.8);
     if (!seen && digits[token] === "2") { cover(i, VERMILION, faded ? 0.2 : 0); cover(i, stripes, 0.9); }
-    if (digits && seen && overlay === "outline") outline(i, YELLOW, 1.5);
+    if (digits && seen && overlay === "outline") { outline(i, "#000", 3); outline(i, YELLOW, 1.5); }  // yellow shows on dark things, black on yellow ones
   }
   for (const { token, dash } of marks) {  // the query patch and the cursor, white on black so that they show on anything
     g.globalAlpha = Math.floor(token / (h * w)) === slot ? 1 : 0.6;  // pale in the other slots: same place, other time
@@ -178,8 +179,8 @@ const CONTROLS = {
     return { element: html("div", { class: "vfm-control" }, button), follow(value) { button.setAttribute("aria-pressed", Boolean(value)); } };
   },
   action: (c, { send }) => ({ element: html("div", { class: "vfm-control" }, push(c, () => send({ action: c.name }))), follow() {} }),
-  patch(c, { change, grid: [, h, w] }) {
-    const place = i => `slot ${Math.floor(i / (h * w))} row ${Math.floor(i / w) % h} col ${i % w}`;
+  patch(c, { change, grid: [, h, w], unit }) {
+    const place = i => `${unit} ${Math.floor(i / (h * w))} row ${Math.floor(i / w) % h} col ${i % w}`;
     return forgettable(c, null, value => value === null ? "none: click a picture" : place(value), change);
   },
   patches: (c, { change }) => forgettable(c, [], value => value.length ? `${value.length} kept` : "none: draw on a picture", change),
@@ -187,10 +188,11 @@ const CONTROLS = {
 
 // ── The explorer ────────────────────────────────────────────────────────────────────────────────────────────────────
 export function render({ model, el }) {
-  const scene = model.get("scene"), [t, h, w] = scene.grid, count = scene.frames.length;
+  const scene = model.get("scene"), [t, h, w] = scene.grid, count = scene.frames.length, unit = t === count ? "frame" : "slot";
   const settings = () => model.get("settings"), view = () => model.get("view") ?? {};  // a view may come later than its settings
   const shown = () => settings().frame ?? 0, slotShown = () => Math.floor(shown() * t / count);
-  let frames, timer = 0, waiting = 0;
+  let timer = 0, waiting = 0;
+  const pictures = new Map();                            // data URL -> the frame, once it is decoded
   let stroke = null;                                     // while drawing: do the patches we pass become kept (true) or hidden?
   const cursor = { row: 0, column: 0, visible: false };  // one cursor for all columns, so that places can be compared
 
@@ -208,8 +210,9 @@ export function render({ model, el }) {
   // Pointing at patches
   const clip = (x, n) => Math.min(n - 1, Math.max(0, x)), pointed = () => (slotShown() * h + cursor.row) * w + cursor.column;
   const kept = () => new Set(settings().drawn ?? []), edits = part => Boolean(view()[part]?.edit);
+  const answered = () => (scene.controls.find(c => c.name === "query")?.options ?? []).filter(Number.isInteger);
   function nearest(token) {  // a page may know only some patches: then the nearest is meant, of the same slot if there is one
-    const known = scene.controls.find(c => c.name === "query")?.options ?? [];
+    const known = answered();
     const axes = i => [Math.floor(i / (h * w)), Math.floor(i / w) % h, i % w], here = axes(token);
     const far = i => axes(i).reduce((sum, x, axis) => sum + (x - here[axis]) ** 2 * [1e6, 1, 1][axis], 0);
     return known.length ? known.reduce((best, i) => far(i) < far(best) ? i : best) : token;
@@ -258,13 +261,14 @@ export function render({ model, el }) {
   // The elements, made once
   const columns = Object.fromEntries(scene.parts.map(part => [part, column(part)]));
   const controls = scene.controls.map(c => ({ name: c.name, last: c.kind === "frame",
-    ...CONTROLS[c.kind](c, { change: value => change(c.name, value), send: message => model.send(message), play, grid: scene.grid, count }) }));
+    ...CONTROLS[c.kind](c, { change: value => change(c.name, value), send: message => model.send(message), play, grid: scene.grid, count, unit }) }));
   const elements = last => controls.filter(c => c.last === last).map(c => c.element), words = html("p", { class: "vfm-words", role: "status" });
   el.classList.add("vfm-explorer");
   fill(el, { role: "group", "aria-label": scene.title, tabindex: -1 }, []);  // can have the focus, so that Space reaches it
-  el.replaceChildren(html("div", { class: "vfm-head" }, scene.title), html("div", { class: "vfm-controls" }, ...elements(false)), words,
-    html("div", {}, html("div", { class: "vfm-columns" }, ...Object.values(columns).map(c => c.element)), ...elements(true)),
-    html("p", { class: "vfm-help" }, "Keys: Space plays, comma and point step. On a picture, arrows move and Enter clicks."));
+  const some = answered().length && answered().length < t * h * w ? ` This page answers for ${answered().length} of ${t * h * w} patches; the nearest one is taken.` : "";
+  el.replaceChildren(html("div", { class: "vfm-head" }, scene.title), html("div", { class: "vfm-controls" }, ...elements(false)), ...elements(true), words,
+    html("div", { class: "vfm-columns" }, ...Object.values(columns).map(c => c.element)),
+    html("p", { class: "vfm-help" }, `Keys: Space plays, comma and point step. On a picture, arrows move and Enter clicks.${some} ${scene.note ?? ""}`));
 
   function legend(panel, overlay) {
     const key = (digit, means) => html("span", { class: "vfm-key", "data-token": digit },
@@ -278,7 +282,7 @@ export function render({ model, el }) {
     if (cursor.visible) marks.push({ token: pointed(), dash: true });
     // What the reader draws is known here before Python has answered.
     const digits = panel.edit && panel.tokens ? Array.from(panel.tokens, (d, i) => mine.has(i) ? "0" : d === "2" ? "2" : "1") : panel.tokens;
-    drawPanel(column.canvas, frames[shown()], scene.grid, slot, { digits, heat: panel.heat, overlay, marks });
+    drawPanel(column.canvas, picture(frameOf(panel)), scene.grid, slot, { digits, heat: panel.heat, overlay, marks });
     column.canvas.classList.toggle("vfm-edit", Boolean(panel.edit));
     const [, means] = panel.legend?.find(([digit]) => String(digit) === digits?.[pointed()]) ?? [];
     const label = `${panel.title}, frame ${shown()}, cursor at row ${cursor.row}, column ${cursor.column}`;
@@ -287,22 +291,32 @@ export function render({ model, el }) {
     Object.assign(column, { panel, overlay, slot });
     column.title.textContent = panel.title;
     column.legend.replaceChildren(...legend(panel, overlay));
-    column.charts.replaceChildren(...(panel.charts ?? []).map(c => chart(c, slot)));
+    column.charts.replaceChildren(...(panel.charts ?? []).map(c => chart(c, slot, unit)));
   }
   function draw() {
     waiting = 0;
     const panels = view(), { overlay } = settings();
+    if (Object.values(panels).filter(panel => !picture(frameOf(panel))).length) return;  // drawn when the last of them is decoded
     el.dataset.overlay = overlay ?? "";
     for (const [part, column] of Object.entries(columns)) {
       column.element.hidden = !panels[part];
-      if (panels[part]) drawColumn(column, panels[part], overlay, slotShown());
+      if (panels[part]) drawColumn(column, panels[part], panels[part].overlay ?? overlay, slotShown());
     }
     const said = scene.parts.map(part => panels[part]?.words ?? []).map(list => list[Math.floor(shown() * list.length / count)]).filter(Boolean);
     words.setAttribute("aria-live", timer ? "off" : "polite");  // nobody wants to hear three sentences per frame
     if (words.textContent !== said.join(" ")) words.replaceChildren(...said.flatMap(s => [html("span", {}, s), " "]).slice(0, -1));
     el.dataset.paints = Number(el.dataset.paints ?? 0) + 1;
   }
-  function paint() { if (frames) waiting ||= requestAnimationFrame(draw); }  // whatever happens, draw once per screen refresh
+  function paint() { waiting ||= requestAnimationFrame(draw); }  // whatever happens, draw once per screen refresh
+  const frameOf = panel => (panel.frames ?? scene.frames)[shown()];
+  function picture(url) {
+    if (pictures.size > 1000) pictures.clear();
+    if (!pictures.has(url)) {
+      pictures.set(url, null);
+      load(url).then(frame => { pictures.set(url, frame); paint(); });
+    }
+    return pictures.get(url);
+  }
   function follow() {
     for (const control of controls) control.follow(settings()[control.name], Boolean(timer));
     paint();
@@ -312,22 +326,21 @@ export function render({ model, el }) {
   }
   function onkey(event) {
     const on = selector => event.target.closest(selector), arrow = ARROWS[event.key];
-    const picture = on("canvas"), field = on("input, select"), button = on("button");
-    if (event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
-    if (field || button || arrow) event.stopPropagation();  // else JupyterLab takes them for its own: Enter edits, arrows change cells
+    const picture = on("canvas");
+    if (event.ctrlKey || event.metaKey || event.altKey || (event.shiftKey && event.key === "Enter")) return;
+    event.stopPropagation();  // else JupyterLab takes them for its own: letters insert and delete cells, arrows leave the cell
     if (picture && arrow) move(cursor.row + arrow[0], cursor.column + arrow[1]);
-    else if (picture && [" ", "Enter"].includes(event.key)) click(on("section").dataset.part);
-    else if (event.key === " " && !field && !button) play();
-    else if ([",", "."].includes(event.key) && !field) step(event.key === "." ? 1 : -1);
+    else if (picture && event.key === "Enter") click(on("section").dataset.part);
+    else if (event.key === " " && !on("select, button")) play();
+    else if ([",", "."].includes(event.key) && !on("select")) step(event.key === "." ? 1 : -1);
     else return;
     event.preventDefault();
-    event.stopPropagation();
   }
 
   const listeners = { "change:settings": follow, "change:view": paint, "msg:custom": receive };
   for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
   el.addEventListener("keydown", onkey);
-  Promise.all(scene.frames.map(load)).then(loaded => { frames = loaded; paint(); });
+  scene.frames.forEach(picture);
   follow();
   return () => {  // anywidget calls this when the output goes away
     clearInterval(timer);

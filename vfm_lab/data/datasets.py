@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['VIDEO_SUFFIXES', 'read_manifest', 'load_clip', 'VideoDataset', 'VideoFolder', 'VideoManifest', 'VideoCaptions',
-           'collate', 'EpochSampler', 'skip_report', 'Loader', 'make_loader', 'view_indices']
+           'collate', 'EpochSampler', 'skip_report', 'Loader', 'make_loader', 'view_indices', 'write_shards',
+           'shard_plan', 'VideoShards']
 
-# %% ../../nbs/data/30_datasets.ipynb #ddd4d579
+# %% ../../nbs/data/30_datasets.ipynb #110bedbe
 import csv
 import inspect
 import json
 import os
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .reader import VideoReadError, read_frames, sparse_indices
 from .synth import item_generator
@@ -90,9 +94,9 @@ def _call(function: Callable, x, generator: torch.Generator):
     "Call with `generator=` if the function takes one: `linspace_indices` and `to_clip` do not."
     return function(x, generator=generator) if "generator" in inspect.signature(function).parameters else function(x)
 
-# %% ../../nbs/data/30_datasets.ipynb #833eb19b
+# %% ../../nbs/data/30_datasets.ipynb #ca9f7031
 def load_clip(
-    path: str,                     # a video file
+    path: str | Path | BinaryIO,   # a video file, or its content as a binary file object
     sampler: Callable,             # frame count -> frame numbers (T,), or (K, T) for K clips of one video
     transform: Callable,           # uint8 (T, H, W, 3) or (K, T, H, W, 3) -> float (..., 3, T, h, w)
     views: int,                    # how often to transform what was decoded once
@@ -215,7 +219,7 @@ def _captions(file: Path) -> Iterator[tuple[str, list[str]]]:
             raise ValueError(f"{file}, entry {n}: needs \"video\" and a \"caption\" (text, or a list of texts), got {str(entry)[:80]}")
         yield video, captions
 
-# %% ../../nbs/data/30_datasets.ipynb #67393099
+# %% ../../nbs/data/30_datasets.ipynb #d719c4bf
 def collate(
     items: list[dict],  # items of a dataset; "clip" is (3, T, H, W), or (V, 3, T, H, W) for V views
 ) -> dict:              # "clip" (B·V, 3, T, H, W); tensors and lists of length B·V; "skipped": all messages
@@ -223,7 +227,7 @@ def collate(
     many = [1 if item["clip"].ndim == 4 else len(item["clip"]) for item in items]
     batch = {"clip": torch.cat([item["clip"].view(-1, *item["clip"].shape[-4:]) for item in items])}
     for key in [k for k in items[0] if k not in ("clip", "skipped")]:
-        values = [item[key] for item, v in zip(items, many) for _ in range(v)]
+        values = [item[key] + k * (key == "seed") if key == "seed" else item[key] for item, v in zip(items, many) for k in range(v)]
         if torch.is_tensor(values[0]): batch[key] = torch.stack(values)
         else: batch[key] = torch.tensor(values) if isinstance(values[0], (int, float)) else values
     if "skipped" in items[0]: batch["skipped"] = [message for item in items for message in item["skipped"]]
@@ -302,3 +306,116 @@ def view_indices(
 ) -> np.ndarray:                          # int64 (K, T)
     "Frame numbers of all test clips of a video."
     return np.stack([sampler(length, frames, view=c, views=views) for c in range(views)])
+
+# %% ../../nbs/data/30_datasets.ipynb #ad504f08
+def write_shards(
+    dataset: VideoDataset,  # whose files are packed, in the order of its items
+    folder: str | Path,     # gets `00000.tar`, `00001.tar`, … and `index.json`
+    per_shard: int = 1000,  # clips in one shard
+) -> Path:                  # `index.json`: how many clips each shard holds
+    "Pack the files of a dataset into tar shards; nothing is decoded."
+    from webdataset import TarWriter
+    folder, counts = Path(folder), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(dataset), per_shard):
+        name = f"{start // per_shard:05d}.tar"
+        with TarWriter(str(folder / name), mtime=0) as tar:
+            for i, item in enumerate(dataset.items[start:start + per_shard], start):
+                path = Path(item["path"])
+                about = {k: v for k, v in item.items() if k != "path"} | {"index": i, "name": path.name}
+                tar.write({"__key__": f"{i:09d}", path.suffix[1:].lower(): path.read_bytes(), "json": about})
+        counts[name] = min(per_shard, len(dataset) - start)
+    (folder / "index.json").write_text(json.dumps(counts, indent=1))
+    return folder / "index.json"
+
+# %% ../../nbs/data/30_datasets.ipynb #21cdc4fa
+def shard_plan(
+    counts: dict[str, int],  # clips in each shard
+    batch: int,              # clips per batch and process
+    world: int,              # processes P
+    workers: int,            # workers per process W
+    seed: int,               # with the epoch, decides the order of the shards
+    epoch: int,              # counted from 0
+) -> tuple[list[list[list[str]]], int]:  # shards of [process][worker]; batches that every process can make
+    "Deal the shards of an epoch to all readers; raises `ValueError` if some reader gets nothing to do."
+    if len(counts) < world * workers: raise ValueError(f"{len(counts)} shards are too few for {world} processes with {workers} workers each")
+    order = [list(counts)[i] for i in torch.randperm(len(counts), generator=item_generator(seed, epoch)).tolist()]
+    dealt = [[order[r + world * w::world * workers] for w in range(workers)] for r in range(world)]
+    batches = min(w + workers * (sum(counts[s] for s in dealt[r][w]) // batch) for r in range(world) for w in range(workers))
+    if not batches: raise ValueError(f"a reader has fewer clips than one batch of {batch}: take smaller batches, fewer workers or more shards")
+    return dealt, batches
+
+# %% ../../nbs/data/30_datasets.ipynb #f30d3a4f
+class _Stream(IterableDataset):
+    def __init__(self, shards, seed, rank, world): self.of, self.seed, self.rank, self.world, self.epoch, self.start = shards, seed, rank, world, 0, 0
+
+    def __iter__(self):
+        from webdataset import WebDataset
+        info = get_worker_info()
+        workers = info.num_workers if info else 1
+        worker = ((info.id if info else 0) + self.start) % workers
+        size = self.of.batch_size // self.world
+        dealt, batches = shard_plan(self.of.counts, size, self.world, workers, self.seed, self.epoch)
+        mine = [j for j in range(batches) if j % workers == worker]
+        urls = [self.of.root + name for name in dealt[self.rank][worker]]
+        samples = WebDataset(urls, shardshuffle=False, nodesplitter=None, workersplitter=None)
+        if self.of.shuffle: samples = samples.shuffle(self.of.shuffle, initial=self.of.shuffle, rng=random.Random(f"{self.seed},{self.epoch},{urls}"))
+        stream = int(torch.randint(2**31, (), generator=item_generator(self.seed, self.epoch)))
+        samples = iter(samples)
+        for _ in range(size * sum(j < self.start for j in mine)): next(samples)
+        for j in mine:
+            if j >= self.start: yield collate([_decode(self.of, next(samples), stream) for _ in range(size)])
+
+# %% ../../nbs/data/30_datasets.ipynb #9e5972db
+def _decode(shards, sample, stream):
+    "One clip of a shard as an item, with the seed of its masks."
+    item, skipped = json.loads(sample["json"]), []
+    generator = item_generator(stream, item["index"])
+    seed = int(torch.randint(2**62, (), generator=generator))
+    source = BytesIO(next(v for k, v in sample.items() if k != "json" and k[:2] != "__"))
+    source.name = f"{sample['__url__']}, {item['name']}"
+    try: shards.last = load_clip(source, shards.sampler, shards.transform, shards.views, generator), item
+    except VideoReadError as e:
+        if shards.on_error == "raise" or shards.last is None: raise
+        skipped = [str(e)]
+    clip, item = shards.last
+    return {"clip": clip, **item, "seed": seed} | ({"skipped": skipped} if shards.on_error == "skip" else {})
+
+# %% ../../nbs/data/30_datasets.ipynb #de7e1d35
+class VideoShards:
+    "A loader of clips from tar shards, read in order; see the table above for what it can promise."
+    def __init__(self,
+        index: str | Path,                      # `index.json` of `write_shards`; the shards lie beside it
+        batch_size: int,                        # videos per batch, of all processes together; with V views the batch holds B·V clips
+        *, root: str | None = None,             # where the shards are if not beside the index: a folder or an address, ends in "/"
+        sampler: Callable = sparse_indices,     # see `load_clip`
+        transform: Callable | None = None,      # frames -> clip; None: `eval_transform(224)`
+        views: int = 1,                         # repeated augmentation
+        on_error: str = "raise",                # "raise", or "skip": the clip before takes its place
+        shuffle: int = 1000,                    # clips in the buffer that mixes them; 0: as they come
+        workers: int = 0,                       # processes that decode; 0: this one
+        seed: int = 0,                          # for a plain `for batch in loader`; `fit` brings its own
+    ):
+        self.counts, self.root = json.loads(_text(Path(index))), root or f"{Path(index).parent}/"
+        self.batch_size, self.sampler, self.transform, self.views = batch_size, sampler, transform or eval_transform(224), views
+        self.on_error, self.shuffle, self.workers, self.seed, self.epoch, self.last = on_error, shuffle, workers, seed, 0, None
+
+    def __len__(self): return shard_plan(self.counts, self.batch_size, 1, max(self.workers, 1), self.seed, 0)[1]
+
+    def __iter__(self):
+        self.epoch += 1
+        return self.fixed_order(self.seed)(self.epoch - 1)
+
+    def fixed_order(
+        self,
+        seed: int,       # of the run
+        rank: int = 0,   # this process …
+        world: int = 1,  # … of so many; divides the batch size
+    ) -> Callable:       # (epoch, start=0) -> this process's share of the batches of that epoch, from batch `start` on
+        "What `fit` asks for; raises `ValueError` if the processes cannot have equal shares."
+        if self.batch_size % world: raise ValueError(f"{world} processes cannot share batches of {self.batch_size} videos from shards equally")
+        stream = _Stream(self, seed, rank, world)
+        def batches(epoch, start=0):
+            stream.epoch, stream.start = epoch, start
+            return iter(Loader(stream, None, num_workers=self.workers, pin_memory=torch.cuda.is_available(), generator=item_generator(seed, -1)))
+        return batches

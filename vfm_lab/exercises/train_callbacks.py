@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_best', 'check_average']
 
-# %% ../../nbs/solutions/train_callbacks.ipynb #aff12a1a
+# %% ../../nbs/solutions/train_callbacks.ipynb #dc864598
 from collections.abc import Callable
 
 import torch
@@ -44,13 +44,12 @@ def check_best(answer: Callable) -> None:
     assert kept != recorder.weights[-1], "the state follows the model: keep a copy"
     assert kept == recorder.weights[step], f"after step {step} the weight was {recorder.weights[step]}, you kept {kept}"
 
-# %% ../../nbs/solutions/train_callbacks.ipynb #12feff34
+# %% ../../nbs/solutions/train_callbacks.ipynb #6e1d86ba
 def check_average(answer: Callable) -> None:
-    "`answer(decay)` is a callback with the averaged weights in `state`."
-    for decay in (0.0, 0.9, 1.0):
-        average = answer(decay)
+    "`answer(start)` is a callback with the mean of the weights after the steps `start + 1`, … in `state`."
+    for start in (0, 2, 5):
+        average = answer(start)
         recorder, _ = _watched(average)
-        want, *after = recorder.weights
-        for w in after: want = decay * want + (1 - decay) * w
-        have = float(average.state["w"])
-        assert abs(have - want) < 1e-5, f"decay {decay}: the average is {want:.6f}, you have {have:.6f}"
+        after = recorder.weights[start + 1:]   # entry 0 is the start of the run
+        want, have = sum(after) / len(after), float(average.state["w"])
+        assert abs(have - want) < 1e-5, f"start {start}: the mean of {len(after)} weights is {want:.6f}, you have {have:.6f}"

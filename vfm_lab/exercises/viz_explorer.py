@@ -23,11 +23,11 @@ def check_leak(leak):
     seen = {i % 16 for i, hidden in enumerate(mask.tolist()) if not hidden}
     assert abs(float(leak(mask, grid)) - len(seen) / 16) < 1e-6, f"{len(seen)} of 16 places are visible somewhere, you say {float(leak(mask, grid)):.3f}"
 
-# %% ../../nbs/solutions/viz_explorer.ipynb #26f17700
+# %% ../../nbs/solutions/viz_explorer.ipynb #f012a3a8
 def check_best_shares(best_shares):
     "Does `best_shares(attention)` give the mean share of the best k patches for k = 1 … S?"
-    a = torch.tensor([[1.0, 3.0, 0.0, 4.0], [1.0, 1.0, 1.0, 1.0]])
-    expected = torch.tensor([0.375, 0.6875, 0.875, 1.0])
+    a = torch.tensor([[1.0, 3.0, 0.0, 4.0], [6.0, 1.0, 1.0, 0.0]])    # the best patches of the two frames are not the same
+    expected = torch.tensor([0.625, 0.875, 1.0, 1.0])
     got = torch.as_tensor(best_shares(a))
     assert got.shape == (4,), f"one number for each k: (4,), not {tuple(got.shape)}"
     assert torch.allclose(got, expected), f"for {a.tolist()} it is {expected.tolist()}, you say {got.tolist()}"

@@ -7,24 +7,24 @@ __all__ = ['MASKING', 'SIZES', 'CFG', 'FRESH', 'ProjectionHead', 'UMTStudent', '
            'umt_vit_base_patch16', 'umt_vit_large_patch16', 'umt_pretrain_vit_base_patch16',
            'umt_pretrain_vit_large_patch16', 'classifier_from_stage1', 'classifier_from_finetuned']
 
-# %% ../../nbs/models/20_umt.ipynb #64d5dfee
+# %% ../../nbs/models/20_umt.ipynb #ce31a1f5
 from collections.abc import Callable, Iterable
 
 import torch
 from timm.models import register_model
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoints import State, rename
 from .clip import CLIPVision
 from ..nn.vit import VideoClassifier, VideoViT
 from ..objectives.alignment import uta_loss
-from ..tokens.masking import attention_sampled_mask, random_mask, tube_mask
+from ..tokens.masking import Source, attention_sampled_mask, clip_generators, random_mask, tube_mask
 from ..tokens.patching import gather_tokens, visible_indices
 from ..tokens.positions import resize_positions, sincos_1d
 
-# %% ../../nbs/models/20_umt.ipynb #e0f44f93
-MASKING: dict[str, Callable[[Tensor, float, Generator | None], Tensor]] = {  # attention (B, T, S), ratio, generator → bool (B, T·S)
+# %% ../../nbs/models/20_umt.ipynb #9e0ad429
+MASKING: dict[str, Callable[[Tensor, float, Source], Tensor]] = {  # attention (B, T, S), ratio, generator → bool (B, T·S)
     "attention": lambda a, ratio, g: attention_sampled_mask(a, ratio, generator=g),
     "random": lambda a, ratio, g: random_mask(len(a), (a.shape[1], 1, a.shape[2]), ratio, generator=g, device=a.device),
     "tube": lambda a, ratio, g: tube_mask(len(a), (a.shape[1], 1, a.shape[2]), ratio, generator=g, device=a.device),
@@ -81,7 +81,7 @@ class UMTStudent(nn.Module):
         "Encode the visible tokens and project the last K layers."
         return self.project(self.encoder(clip, mask, self.layers), mask)
 
-# %% ../../nbs/models/20_umt.ipynb #be0f0a69
+# %% ../../nbs/models/20_umt.ipynb #d25cf1ab
 class UMT(nn.Module):
     "Stage 1: the frozen teacher looks, a mask is sampled from its attention, the student repeats the teacher where it can see."
     def __init__(
@@ -108,12 +108,12 @@ class UMT(nn.Module):
 
     def forward(
         self,
-        batch: dict,         # "clip" (B, 3, T, H, W)
+        batch: dict,         # "clip" (B, 3, T, H, W), and maybe "seed" (B,) for the masks
     ) -> dict[str, Tensor]:  # "loss"; "cosine": mean cosine of student and teacher
         "Loss of one batch: teacher, mask, student, alignment."
         with torch.no_grad():
             hidden, attention = self.teacher.teach(batch["clip"], self.student.layers)
-            mask = MASKING[self.masking](attention, self.mask_ratio, None)
+            mask = MASKING[self.masking](attention, self.mask_ratio, clip_generators(batch))
             target = teacher_target(self.teacher, hidden, mask)
         student = self.student(batch["clip"], mask)
         return {"loss": uta_loss(student, target, self.loss), "cosine": (student * target).sum(-1).mean().detach()}

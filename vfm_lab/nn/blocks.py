@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['QuickGELU', 'Mlp', 'Block', 'init_weights']
 
-# %% ../../nbs/nn/10_blocks.ipynb #35a107be
+# %% ../../nbs/nn/10_blocks.ipynb #43919b9b
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from .attention import Attention
+from .attention import Attention, CosineAttention
 
 # %% ../../nbs/nn/10_blocks.ipynb #27d21065
 class QuickGELU(nn.Module):
@@ -40,7 +40,7 @@ class Mlp(nn.Module):
         "Widen, activate, narrow."
         return self.fc2(self.act(self.fc1(x)))
 
-# %% ../../nbs/nn/10_blocks.ipynb #b619e4b6
+# %% ../../nbs/nn/10_blocks.ipynb #f9c4aa46
 class Block(nn.Module):
     "Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)) (ViT eq. 2–3)."
     def __init__(
@@ -53,10 +53,12 @@ class Block(nn.Module):
         eps: float = 1e-6,              # of both LayerNorms: 1e-6 in UMT and VideoMAE, 1e-5 in CLIP
         drop_path: float = 0.0,         # chance that a branch is dropped for a sample (stochastic depth)
         layer_scale: float = 0.0,       # initial value of a learned scale per channel; 0 switches it off
+        cosine: bool = False,           # attention by angle, see `CosineAttention`
     ):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
-        self.attn, self.mlp = Attention(dim, heads, bias), Mlp(dim, int(dim * mlp_ratio), act)
+        self.attn = (CosineAttention if cosine else Attention)(dim, heads, bias)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act)
         self.drop_path = DropPath(drop_path)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
@@ -67,10 +69,12 @@ class Block(nn.Module):
         mask: Tensor | None = None,  # see `Attention`
         causal: bool = False,        # see `Attention`
         row: int | None = None,      # also return the attention of this query token
-    ) -> Tensor | tuple[Tensor, Tensor]:  # (B, N, D), and with `row` the weights (B, heads, N)
+        queries: int | None = None,  # only the last n tokens go on, see `Attention`
+    ) -> Tensor | tuple[Tensor, Tensor]:  # (B, n, D), and with `row` the weights (B, heads, N)
         "Add attention, then add the MLP."
-        y = self.attn(self.norm1(x), mask, causal, row)
+        y = self.attn(self.norm1(x), mask, causal, row, queries)
         y, weights = y if row is not None else (y, None)
+        if queries is not None: x = x[:, -queries:]
         x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
         y = self.mlp(self.norm2(x))
         x = x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VideoViT', 'VideoClassifier']
 
-# %% ../../nbs/nn/20_vit.ipynb #e20cefe0
+# %% ../../nbs/nn/20_vit.ipynb #fba2ccfe
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +13,7 @@ from .blocks import Block, init_weights
 from ..tokens.patching import TubeletEmbed, token_grid, visible_indices
 from ..tokens.positions import sincos_1d
 
-# %% ../../nbs/nn/20_vit.ipynb #454d9ff2
+# %% ../../nbs/nn/20_vit.ipynb #be0c2f27
 class VideoViT(nn.Module):
     "Vision transformer over the visible tubelets of a clip: joint space-time attention, fixed positions, no class token (VideoMAE §3–3.3)."
     def __init__(
@@ -30,6 +30,7 @@ class VideoViT(nn.Module):
         drop_path: float = 0.0,   # stochastic depth of the last block; grows linearly from 0
         layer_scale: float = 0.0, # 0: off
         final_norm: bool = True,  # a classifier that pools first puts its norm after the mean
+        cosine: bool = False,     # attention by angle, see `CosineAttention`
     ):
         super().__init__()
         self.grid, self.dim = token_grid(frames, (image_size, image_size), patch, tubelet), dim
@@ -37,7 +38,7 @@ class VideoViT(nn.Module):
         t, h, w = self.grid
         self.register_buffer("pos", sincos_1d(t * h * w, dim), persistent=False)  # fixed: in no checkpoint
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, bias, drop_path=r, layer_scale=layer_scale) for r in rates)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, bias, drop_path=r, layer_scale=layer_scale, cosine=cosine) for r in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         self.apply(init_weights)
 
@@ -66,18 +67,20 @@ class VideoViT(nn.Module):
             if layers and i >= len(self.blocks) - layers: kept.append(x)
         return self.norm(torch.stack(kept) if layers else x)
 
-# %% ../../nbs/nn/20_vit.ipynb #40c8d9db
+# %% ../../nbs/nn/20_vit.ipynb #181809e8
 class VideoClassifier(VideoViT):
     "A video ViT that sees all tokens, averages them, then norm and linear head."
     def __init__(
         self,
         num_classes: int = 400,    # 0: return pooled features
         head_scale: float = 0.001, # factor on the head's initial weights
+        head_drop: float = 0.0,    # dropout before the head
         **vit,                     # arguments of `VideoViT`
     ):
         super().__init__(final_norm=False, **vit)
         self.num_classes = num_classes
         self.fc_norm = nn.LayerNorm(self.dim, eps=1e-6)
+        self.head_drop = nn.Dropout(head_drop)
         self.head = nn.Linear(self.dim, num_classes) if num_classes else nn.Identity()
         if num_classes:
             init_weights(self.head)
@@ -95,4 +98,4 @@ class VideoClassifier(VideoViT):
         clip: Tensor,  # (B, 3, T, H, W)
     ) -> Tensor:       # (B, num_classes)
         "Scores of the classes."
-        return self.head(self.pool(clip))
+        return self.head(self.head_drop(self.pool(clip)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_everything', 'batch_len', 'fixed_order', 'checkpoints', 'save_checkpoint', 'load_checkpoint']
 
-# %% ../../nbs/train/30_resume.ipynb #6285fdf6
+# %% ../../nbs/train/30_resume.ipynb #23bb82e1
 import json, os, random, shutil
 from collections.abc import Callable, Iterable
 from copy import copy
@@ -17,30 +17,35 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 # %% ../../nbs/train/30_resume.ipynb #da7a80bf
 if TYPE_CHECKING: from vfm_lab.train.loop import Run   # the loop imports this module
 
-# %% ../../nbs/train/30_resume.ipynb #cbfba1e5
+# %% ../../nbs/train/30_resume.ipynb #e4ce972f
 def seed_everything(
     *key: int | str,   # what the random numbers may depend on, such as (seed, epoch, item)
 ) -> None:
     "Seed Python, NumPy and torch (all devices) from a key; the same key always gives the same numbers."
-    bits = random.Random("/".join(map(str, key))).getrandbits(64)
+    bits = _bits(*key)
     random.seed(bits)
     np.random.seed(bits % 2**32)
     torch.manual_seed(bits)
 
-# %% ../../nbs/train/30_resume.ipynb #90652ce1
+def _bits(*key): return random.Random("/".join(map(str, key))).getrandbits(64)
+
+# %% ../../nbs/train/30_resume.ipynb #881c88fb
 class _Seeded(Dataset):
     "A dataset asked for (epoch, i): the random numbers of item i depend on the seed, the epoch and i."
     def __init__(self, dataset, seed): self.dataset, self.seed = dataset, seed
     def __len__(self): return len(self.dataset)
     def __getitem__(self, key):
         seed_everything(self.seed, *key)
-        return self.dataset[key[1]]
+        item = self.dataset[key[1]]
+        return {**item, "seed": _bits("clip", self.seed, *key) >> 2} if isinstance(item, dict) else item
 
 class _Order:
     "A batch sampler: this process's share of each batch of `epoch`, from batch `start` on, as keys (epoch, i)."
@@ -61,7 +66,7 @@ def batch_len(
     "How many clips a batch holds."
     return next(len(v) for v in batch.values() if torch.is_tensor(v) and v.ndim)
 
-# %% ../../nbs/train/30_resume.ipynb #c3c7210f
+# %% ../../nbs/train/30_resume.ipynb #070a33dc
 def _replay(loader, seed, rank, world, epoch, start=0):
     "The same for a loader that can only be read from its beginning: every process reads all and keeps its share."
     seed_everything(seed, epoch)
@@ -70,10 +75,11 @@ def _replay(loader, seed, rank, world, epoch, start=0):
         seed_everything(seed, epoch, i)
         try: batch = next(batches)
         except StopIteration: return
-        if i >= start and batch_len(batch) >= world:
+        if i >= start and (n := batch_len(batch)) >= world:
+            batch = {**batch, "seed": (_bits("clip", seed, epoch, i) >> 2) + torch.arange(n)}
             yield {k: v[rank::world] if isinstance(v, (list, tuple)) or torch.is_tensor(v) and v.ndim else v for k, v in batch.items()}
 
-# %% ../../nbs/train/30_resume.ipynb #191ca744
+# %% ../../nbs/train/30_resume.ipynb #1d502575
 def fixed_order(
     loader: Iterable[dict],  # a DataLoader, or anything that can be iterated once per epoch; batches are dicts
     seed: int,               # decides order and augmentation
@@ -81,6 +87,7 @@ def fixed_order(
     world: int = 1,          # … of so many
 ) -> Callable:               # (epoch, start=0) -> the batches of that epoch, from batch `start` on
     "Read a loader so that each batch depends on seed, epoch and its place only; of each batch, this process's share."
+    if hasattr(loader, "fixed_order"): return loader.fixed_order(seed, rank, world)
     if not isinstance(loader, DataLoader) or loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
         return partial(_replay, loader, seed, rank, world)
     order, seeded = _Order(loader, seed, rank, world), copy(loader)
@@ -97,28 +104,32 @@ def checkpoints(
     "The checkpoints of a run."
     return sorted(Path(folder).glob("step_*"))
 
-# %% ../../nbs/train/30_resume.ipynb #4885a0d1
+# %% ../../nbs/train/30_resume.ipynb #ead0c369
 def save_checkpoint(
     run: "Run",  # of the loop
 ) -> Path:       # the checkpoint, a folder
-    "Write weights, optimizer and position of a run; the folder gets its name only when it is complete."
+    "Write weights, optimizer and position of a run; the folder gets its name only when it is complete. Every process calls it."
     folder = Path(run.config.folder)
     path, draft = folder / f"step_{run.step:08d}", folder / f".step_{run.step:08d}"
-    if path.exists(): return path
+    weights = get_model_state_dict(run.model, options=_WHOLE)
+    averages = get_optimizer_state_dict(run.model, _inner(run.optimizer), options=_WHOLE)
+    if not run.accelerator.is_main_process or path.exists(): return path
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    save_model(run.model, str(draft / "model.safetensors"))
+    save_file({k: v.contiguous().clone() for k, v in weights.items()}, str(draft / "model.safetensors"))   # tied weights too
     scaler = run.accelerator.scaler
-    torch.save(dict(optimizer=run.optimizer.state_dict(), scaler=scaler.state_dict() if scaler else None), draft / "optimizer.pt")
+    torch.save(dict(optimizer=averages, scaler=scaler.state_dict() if scaler else None), draft / "optimizer.pt")
     state = dict(step=run.step, epoch=run.epoch, batch=run.batch, history=run.history, config=_plain(run.config))
     (draft / "run.json").write_text(json.dumps(state))
     os.replace(draft, path)
     for old in checkpoints(folder)[:-run.config.keep]: shutil.rmtree(old)
     return path
 
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)   # parts put together, on the first process
+def _inner(optimizer): return getattr(optimizer, "optimizer", optimizer)   # out of Accelerate's wrapper
 def _plain(config): return json.loads(json.dumps(asdict(config), default=str))
 
-# %% ../../nbs/train/30_resume.ipynb #6e6b4b66
+# %% ../../nbs/train/30_resume.ipynb #c2600d2a
 def load_checkpoint(
     run: "Run",  # fresh, with the same model and config
     path: Path,  # a checkpoint, a folder
@@ -126,11 +137,12 @@ def load_checkpoint(
     "Put a run where it was when the checkpoint was written. Raises `ValueError` if its config was another one."
     state = json.loads((path / "run.json").read_text())
     old, new = state.pop("config"), _plain(run.config)
-    free = ("folder", "save_every", "keep")   # these do not change the result
+    free = ("folder", "save_every", "keep", "compile", "recompute", "shard")   # these do not change the result
     differ = [f"{k} was {old.get(k)!r}, now {new[k]!r}" for k in new if k not in free and old.get(k) != new[k]]
     if differ: raise ValueError(f"{path} belongs to another run ({'; '.join(differ)}). All numbers of a run, its steps included, shape its learning-rate curve: give this one its own folder, and load the old weights to go on from them")
-    load_model(run.model, str(path / "model.safetensors"))
+    set_model_state_dict(run.model, load_file(path / "model.safetensors"), options=_WHOLE)
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    run.optimizer.load_state_dict(saved["optimizer"])
+    run.optimizer.zero_grad()   # torch takes an optimizer with gradients for one that has begun
+    set_optimizer_state_dict(run.model, _inner(run.optimizer), saved["optimizer"], options=_WHOLE)
     if saved["scaler"]: run.accelerator.scaler.load_state_dict(saved["scaler"])
     for name, value in state.items(): setattr(run, name, value)

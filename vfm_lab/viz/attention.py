@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FUSIONS', 'AttentionRecord', 'record_attention', 'attention_map']
 
-# %% ../../nbs/viz/10_attention.ipynb #c09e1612
-from dataclasses import dataclass
+# %% ../../nbs/viz/10_attention.ipynb #49e34589
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,14 @@ from ..models.umt import UMT, UMTStudent
 from ..nn.attention import Attention, attention_row
 from ..tokens.patching import token_grid
 
-# %% ../../nbs/viz/10_attention.ipynb #7ff1f071
+# %% ../../nbs/viz/10_attention.ipynb #9956fd9e
 @dataclass
 class AttentionRecord:
     "Queries and keys of one clip in all layers; a group is a set of tokens that attend among themselves: a frame, or the whole clip."
     q: list[Tensor]              # per layer (groups, heads, n, d), float32 on the CPU
     k: list[Tensor]              # per layer, the same shape
     grid: tuple[int, int, int]   # (t, h, w)
+    kept: dict = field(default_factory=dict, repr=False)   # what `once` has computed
 
     @property
     def layers(self) -> int:
@@ -44,6 +46,15 @@ class AttentionRecord:
         "Class tokens in front of each group."
         t, h, w = self.grid
         return self.q[0].shape[2] - t * h * w // len(self.q[0])
+
+    def once(
+        self,
+        key: tuple,                  # names the result
+        make: Callable[[], Tensor],  # computes it
+    ) -> Tensor:
+        "What costs a whole matrix is computed when first asked for, and kept."
+        if key not in self.kept: self.kept[key] = make()
+        return self.kept[key]
 
 # %% ../../nbs/viz/10_attention.ipynb #4efef197
 def record_attention(
@@ -68,21 +79,28 @@ def record_attention(
     size = (model.image_size,) * 2 if isinstance(model, CLIPVision) else clip.shape[3:]
     return AttentionRecord(q, k, token_grid(clip.shape[2], size, model.patch_embed.patch, model.patch_embed.tubelet))
 
-# %% ../../nbs/viz/10_attention.ipynb #46e78dbd
-def _carry(r: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    "Row vectors r (groups, n) times the attention matrix of each head: (groups, heads, n). One head's matrix at a time; none is kept."
+# %% ../../nbs/viz/10_attention.ipynb #a841b247
+def _matrix(q: Tensor, k: Tensor) -> Tensor:
+    "Attention matrix of each group, mean over heads: (groups, n, n). One head's matrix at a time."
     q = q * q.shape[-1] ** -0.5
-    return torch.stack([(r[:, None] @ (q[:, h] @ k[:, h].mT).softmax(-1))[:, 0] for h in range(q.shape[1])], 1)
+    return sum((q[:, h] @ k[:, h].mT).softmax(-1) for h in range(q.shape[1])) / q.shape[1]
 
-def _row(start: Tensor, q: Tensor, k: Tensor, at: tuple | None) -> Tensor:
+def _mean_row(q: Tensor, k: Tensor) -> Tensor:
+    "Mean over all queries, (groups, heads, n)."
+    return torch.stack([_matrix(q[:, [h]], k[:, [h]]).mean(1) for h in range(q.shape[1])], 1)
+
+def _rows(record: AttentionRecord, layer: int, at: tuple | None) -> Tensor:
     "(groups, heads, n): the query at (group, token) put to the keys of every group; without one, the mean of all queries."
-    return _carry(start, q, k) if at is None else attention_row(q[at[0], :, at[1], None], k)
+    q, k = record.q[layer], record.k[layer]
+    return attention_row(q[at[0], :, at[1], None], k) if at else record.once(("mean row", layer), lambda: _mean_row(q, k))
 
-def _rollout(start: Tensor, q: list[Tensor], k: list[Tensor], at: tuple | None) -> Tensor:
-    "(groups, n): `start` carried from the last layer to the first, half through attention and half past it."
-    r, own = _row(start, q[-1], k[-1], at).mean(1), start.sum(1, keepdim=True) > 0
+def _rollout(record: AttentionRecord, layer: int, start: Tensor, at: tuple | None) -> Tensor:
+    "(groups, n): `start` carried from a layer to the first, half through attention and half past it."
+    r, own = _rows(record, layer, at).mean(1), start.sum(1, keepdim=True) > 0
     r = torch.where(own, (r + start) / 2, r)   # in a frame that is not the query's own there is nothing to pass by
-    for i in range(len(q) - 2, -1, -1): r = (r + _carry(r, q[i], k[i]).mean(1)) / 2
+    for i in reversed(range(layer)):
+        A = record.once(("matrix", i), lambda: _matrix(record.q[i], record.k[i]))  # noqa: B023
+        r = (r + (r[:, None] @ A)[:, 0]) / 2
     return r
 
 # %% ../../nbs/viz/10_attention.ipynb #6ccca522
@@ -95,7 +113,7 @@ def _check(record: AttentionRecord, layer: int, head: int | str, query: int | No
     if isinstance(head, int) and not -record.heads <= head < record.heads: raise IndexError(f"head {head} does not exist: there are {record.heads}")
     if query is not None and not 0 <= query < tokens: raise IndexError(f"query {query} does not exist: the grid {record.grid} has {tokens} tokens")
 
-# %% ../../nbs/viz/10_attention.ipynb #abddb002
+# %% ../../nbs/viz/10_attention.ipynb #c74458f2
 FUSIONS = {"mean": Tensor.mean, "max": Tensor.amax, "min": Tensor.amin}   # how the rows of the heads become one
 
 def attention_map(
@@ -112,8 +130,6 @@ def attention_map(
     else: at = (slice(None), 0) if prefix else None
     start = torch.full((groups, n), 1 / n) if at is None else torch.zeros(groups, n)
     if at is not None: start[at] = 1
-    q, k = record.q[layer], record.k[layer]
-    if head == "rollout": row = _rollout(start, record.q[: layer + 1], record.k[: layer + 1], at)
-    elif isinstance(head, int): row = _row(start, q[:, [head]], k[:, [head]], at)[:, 0]
-    else: row = FUSIONS[head](_row(start, q, k, at), 1)
+    if head == "rollout": row = _rollout(record, layer, start, at)
+    else: row = _rows(record, layer, at)[:, head] if isinstance(head, int) else FUSIONS[head](_rows(record, layer, at), 1)
     return row[:, prefix:].reshape(record.grid)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'to_frames', 'show_frames', 'show_clip', 'mask_overlay', 'heat_overlay', 'save_gif', 'show_gif',
-           'plot_curves', 'plot_seeds']
+           'plot_curves', 'plot_seeds', 'plot_confusion']
 
-# %% ../../nbs/viz/00_figures.ipynb #1d038bf6
+# %% ../../nbs/viz/00_figures.ipynb #610a6618
 import io
 import textwrap
 from pathlib import Path
@@ -27,13 +27,14 @@ _STATS = {  # (mean, std) per RGB channel: what `normalize` did and what a pictu
     "half": ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225)),
 }
 
-# %% ../../nbs/viz/00_figures.ipynb #b2523a2e
+# %% ../../nbs/viz/00_figures.ipynb #93f73930
 def to_frames(
     clip: Tensor,              # (3, T, H, W) float: in [0, 1], or normalised
     stats: str | None = None,  # statistics to undo: "imagenet", "clip" or "half"; None: nothing was normalised
 ) -> Tensor:                   # uint8 (T, H, W, 3) on the CPU
     "The frames of a clip as they can be drawn; raises `KeyError` for unknown statistics."
     clip = clip.detach().float().cpu()
+    if stats not in (None, *_STATS): raise KeyError(f"stats is one of {', '.join(_STATS)} or None, got {stats!r}")
     if stats is not None:
         mean, std = torch.tensor(_STATS[stats]).view(2, 3, 1, 1, 1)
         clip = clip * std + mean
@@ -197,4 +198,23 @@ def plot_seeds(
     ax.set_xlim(-0.6, len(results) - 0.2)
     _axes(ax, "", ylabel)
     if chance is not None: ax.legend(frameon=False)
+    return _finish(fig)
+
+# %% ../../nbs/viz/00_figures.ipynb #101a96e1
+def plot_confusion(
+    matrix: Tensor,    # (K, K) counts: true class along the rows, answer along the columns
+    names: list[str],  # K class names
+) -> Figure:           # with the counts written in for up to 12 classes
+    "A confusion matrix, coloured by the share of each row."
+    counts = np.asarray(matrix)
+    share = counts / counts.sum(1, keepdims=True).clip(1)
+    side = 2.2 + min(6, 0.5 * len(names))
+    fig, ax = plt.subplots(figsize=(side + 0.8, side), dpi=80, layout="constrained")
+    fig.colorbar(ax.imshow(share, cmap="cividis", vmin=0, vmax=1), label="share of the true class", shrink=0.8)
+    if len(names) <= 12:
+        for (i, j), n in np.ndenumerate(counts):
+            if n: ax.text(j, i, n, ha="center", va="center", fontsize=9, color="black" if share[i, j] > 0.5 else "white")
+    ax.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="answer", ylabel="truth")
     return _finish(fig)

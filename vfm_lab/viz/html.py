@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAGE', 'page_table', 'scene', 'pack', 'fragment', 'save_page', 'png', 'bundle']
 
-# %% ../../nbs/viz/16_html.ipynb #e42b309b
+# %% ../../nbs/viz/16_html.ipynb #020e575b
 import base64
 import hashlib
 import io
@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image as Pillow
 
 from ..lab import asset
-from .explorer import Control, Explorer, picture
+from .explorer import Control, Explorer, jpeg, picture
 from .figures import to_frames
 
 # %% ../../nbs/viz/16_html.ipynb #5934c483
@@ -51,23 +51,20 @@ def page_table(
             tables[part] = {"by": by, "panels": {_key(v): explorer.panel(part, {**explorer.settings, **dict(zip(by, v))}).json() for v in every}}
     return tables
 
-# %% ../../nbs/viz/16_html.ipynb #97e5d1bd
+# %% ../../nbs/viz/16_html.ipynb #c9db2b8b
 def scene(
     explorer: Explorer,     # to be drawn
     page: bool = False,     # True: only the controls and options that a page has answers for, and the table
 ) -> dict:                  # text and numbers only
     "Everything the script needs beside settings and panels."
-    def jpeg(frame):
-        file = io.BytesIO()
-        Pillow.fromarray(frame.numpy()).save(file, "JPEG", quality=92, subsampling=0)
-        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
     controls = []
     for c in explorer.controls.values():
         options = _known(c, explorer.settings.get(c.name)) if page else c.options
         if not page or options: controls.append(dict(name=c.name, kind=c.kind, label=c.label, value=explorer.settings.get(c.name), options=options, hint=c.hint))
-    frames = to_frames(explorer.clip, explorer.stats)
+    frames, left = to_frames(explorer.clip, explorer.stats), [c.label for c in explorer.controls.values() if c.page == []]
+    note = f"In JupyterLab also: {', '.join(left)}, and every option." if page and left else ""
     return dict(title=explorer.title, grid=explorer.grid, size=tuple(frames.shape[1:3]), frames=[jpeg(f) for f in frames],
-                parts=list(explorer.parts), controls=controls, table=page_table(explorer) if page else None)
+                parts=list(explorer.parts), controls=controls, note=note, table=page_table(explorer) if page else None)
 
 # %% ../../nbs/viz/16_html.ipynb #94d1604d
 def pack(
@@ -87,7 +84,7 @@ def fragment(
     if len(text) > 2e6: raise ValueError(f"a page of {len(text) / 1e6:.1f} MB is too large; use fewer frames, or a coarser grid")
     return text
 
-# %% ../../nbs/viz/16_html.ipynb #9b7f506c
+# %% ../../nbs/viz/16_html.ipynb #f5e9e7b4
 def save_page(
     explorer: Explorer,  # with the settings to start from
     path: str | Path,    # file to write
@@ -96,7 +93,7 @@ def save_page(
     path = Path(path)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark"><title>{explorer.title}</title>'
     style = "<style>body {font-family: system-ui, sans-serif; max-width: 60rem; margin: 1rem auto; padding: 0 1rem}</style>"
-    path.write_text(f'<!doctype html>\n<html lang="en"><head>{head}{style}</head>\n<body><h1>{explorer.title}</h1>\n{fragment(pack(explorer))}\n</body></html>\n', encoding="utf-8")
+    path.write_text(f'<!doctype html>\n<html lang="en"><head>{head}{style}</head>\n<body>\n{fragment(pack(explorer))}\n</body></html>\n', encoding="utf-8")
     return path
 
 # %% ../../nbs/viz/16_html.ipynb #529ac42e

@@ -35,7 +35,7 @@ def _live_class() -> type:
         scene, settings, view = (traitlets.Dict().tag(sync=True) for _ in range(3))
     return LiveExplorer
 
-# %% ../../nbs/viz/20_widgets.ipynb #b74ca368
+# %% ../../nbs/viz/20_widgets.ipynb #a42d1dd0
 def live(
     explorer: Explorer,       # to be shown; the widget and it stay in step
 ) -> "anywidget.AnyWidget":   # with the traits scene, settings, view
@@ -52,7 +52,9 @@ def live(
         with tempfile.TemporaryDirectory() as folder: data = gif(explorer, Path(folder)/"explorer.gif").read_bytes()
         widget.send({"download": "explorer.gif", "mime": "image/gif", "base64": base64.b64encode(data).decode()})
     explorer.watchers.append(show)
-    widget.observe(lambda change: change.new != explorer.settings and explorer.set(**change.new), "settings")
+    def heard(change):
+        if turned := {name: value for name, value in change.new.items() if value != explorer.settings[name]}: explorer.set(**turned)
+    widget.observe(heard, "settings")
     widget.on_msg(act)
     show()
     return widget
@@ -71,7 +73,7 @@ class Described:
 
     def _repr_mimebundle_(self, **kwargs) -> dict: return {**self.box._repr_mimebundle_(**kwargs), "text/plain": self._text()}
 
-# %% ../../nbs/viz/20_widgets.ipynb #24a2b822
+# %% ../../nbs/viz/20_widgets.ipynb #26d92b97
 def upload_clip(
     read: Callable[[bytes], Tensor],        # bytes of a file -> uint8 (T, H, W, 3); raises for a bad file
     on_clip: Callable[[Tensor], Explorer],  # makes what is shown below, such as a `MaskExplorer`, from the frames of a good file
@@ -81,14 +83,17 @@ def upload_clip(
     upload, words = w.FileUpload(accept="video/*", description="your video"), w.Label("No file yet.")
     def update(change):
         if not change.new: return
-        file = change.new[0]
+        file, box.children = change.new[0], (upload, words)
         try: frames = read(bytes(file["content"]))
         except Exception as error:
-            words.value = f"{file['name']} cannot be read: {error}"
+            words.value = f"{file['name']} cannot be read as a video: {str(error).removeprefix('<bytes>: ')}"
             return
         T, H, W, _ = frames.shape
         words.value = f"{file['name']}: {T} frames of {W} × {H} pixels"
-        box.children = (upload, words, live(on_clip(frames)))
+        try: box.children = (upload, words, live(on_clip(frames)))
+        except Exception as error:
+            words.value += f", but your function fails: {type(error).__name__}: {error}"
+            raise
     upload.observe(update, "value")
     box = w.VBox([upload, words])
     return Described(box, lambda: f"[upload control] {words.value}", upload=upload, words=words)

@@ -1,0 +1,261 @@
+"The command line: recipes, runs on several processes, shards, features; all in processes of their own, as a user starts them."
+import json, os, shutil, socket, subprocess, sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from vfm_lab import cli, recipes
+from vfm_lab.data.datasets import VideoManifest, VideoShards, write_shards
+from vfm_lab.data.reader import VideoReadError
+from vfm_lab.data.transforms import eval_transform
+from vfm_lab.lab import asset
+from vfm_lab.models import umt, videomae  # noqa: F401  (registers the names)
+from vfm_lab.tasks.features import load_features
+from vfm_lab.train.resume import checkpoints
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "recipes").glob("*.yaml"))
+ENV = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", COLUMNS="160")
+
+
+def kind_of(file):
+    "The recipe class, from the command that stands in the file."
+    text = file.read_text()
+    return next(kind for kind, command in recipes.COMMANDS.items() if f"vfm_lab {command} --config" in text)
+
+
+def command(*args, processes=0):
+    "Run `vfm_lab` on several processes with accelerate launch, or on one of its own."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", processes, "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", port] if processes else []
+    words = [sys.executable, *launch, "-m", "vfm_lab.cli", *args]
+    done = subprocess.run([str(w) for w in words], env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run(monkeypatch, *words):
+    "The same in this process."
+    monkeypatch.setattr(sys, "argv", ["vfm_lab", *map(str, words)])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as caught: cli.main()
+    assert not caught.value.code, caught.value.code
+
+
+def history(folder): return json.loads((Path(folder) / "history.json").read_text())
+
+
+# the files
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_recipe(file, tmp_path):
+    "It is read, its model exists with these arguments, its comment states the rate that the optimizer gets, and it survives a round trip."
+    kind, text = kind_of(file), file.read_text()
+    recipe = recipes.read_recipe(file, kind)
+    with torch.device("meta"): model = timm.create_model(recipe.model, **recipe.model_args, **({"num_classes": recipe.classes} if kind is recipes.Finetune else {}))
+    encoder = getattr(model, "encoder", model)
+    assert encoder.grid[0] * encoder.patch_embed.tubelet == recipe.data.frames and encoder.grid[1] * encoder.patch_embed.patch == recipe.data.size
+    config = recipes.train_config(recipe, 100)
+    stated = [float(line.rpartition("=")[2].split()[0]) for line in text.splitlines() if line.startswith("#") and "/ 256 =" in line]
+    assert abs(config.lr / stated[0] - 1) < 0.005 and (len(stated) == 1 or abs(config.min_lr / stated[1] - 1) < 0.005)
+    recipes.write_recipe(recipe, tmp_path / "config.yaml")
+    assert recipes.read_recipe(tmp_path / "config.yaml", kind) == recipe
+
+
+def test_every_run_has_its_file():
+    assert len([f for f in FILES if "tiny" not in f.stem]) == 27
+    sizes = {"umt_b16_stage1": 88.01, "umt_l16_stage1": 307.81}   # millions, encoder and heads
+    for stem, wanted in sizes.items():
+        recipe = recipes.read_recipe(ROOT / f"recipes/{stem}.yaml", recipes.PretrainUMT)
+        with torch.device("meta"): model = timm.create_model(recipe.model, **recipe.model_args)
+        assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - wanted) < 0.01
+
+
+BAD = {"schedule: {epoch: 3}": "unknown key 'schedule.epoch'", "sead: 1": "unknown key 'sead'", "data: {frames: 8.5}": "data.frames: expected int",
+       "machine: {shard: 1}": "machine.shard: expected bool", "schedule: {betas: [1]}": "schedule.betas", "- 1": "expected keys and values",
+       "a: [": "not YAML", "out: !!python/object/apply:os.system ['x']": "not YAML", "loss: l3": "'l2' or 'mse'"}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_what_is_wrong_is_named(text, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match="r.yaml") as caught: recipes.read_recipe(tmp_path / "r.yaml", recipes.PretrainUMT)
+    assert BAD[text] in str(caught.value)
+
+
+def test_only_safe_yaml():
+    source = (ROOT / "vfm_lab/recipes.py").read_text()
+    assert "yaml.safe_load(" in source and "yaml.load(" not in source and "unsafe" not in source
+
+
+def test_options_win_over_the_file():
+    recipe = cli.parse(recipes.Finetune, [f"--config={ROOT}/recipes/finetune_tiny.yaml", "--schedule.base-lr", "1e-3", "--data.no-flip", "--seed", "3"], "x")
+    assert (recipe.schedule.base_lr, recipe.data.flip, recipe.seed, recipe.classes) == (1e-3, False, 3, 8)
+    with pytest.raises(ValueError, match="name of a file"): cli.parse(recipes.Finetune, ["--config"], "x")
+
+
+# the command
+
+@pytest.mark.parametrize("words", [(), ("pretrain",), ("pretrain", "umt"), ("finetune",), ("eval",), ("features",)], ids=" ".join)
+def test_help(words, monkeypatch, capsys):
+    run(monkeypatch, *words, "--help")
+    assert "usage" in capsys.readouterr().out
+
+
+def test_help_is_quick():
+    done = subprocess.run([sys.executable, "-c", "import sys, vfm_lab, vfm_lab.cli; print('torch' in sys.modules, 'yaml' in sys.modules)"], env=ENV, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+MISTAKES = [("pretrain", "umt", "--config", "no.yaml"), ("pretrain", "umt", "--config", "recipes/videomae_tiny.yaml"), ("pretrain", "umt", "--teacher", "tiny"),
+            ("eval",), ("features", "--video", "no.mp4", "--weights", "no.pth"), ("pretrain", "umt", "--model", "umt_vit"), ("finetune", "--data.train", "no.csv")]
+
+
+@pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_line(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["vfm_lab", *words])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as caught: cli.main()
+    assert str(caught.value).startswith("vfm_lab: ") and len(str(caught.value).splitlines()) == 1
+
+
+# one process, two, four
+
+KINDS = {"umt": recipes.PretrainUMT, "videomae": recipes.PretrainVideoMAE}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def runs(request, tmp_path_factory):
+    "A run on one process, and the same on two with DDP."
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    recipe = recipes.read_recipe(ROOT / f"recipes/{name}_tiny.yaml", KINDS[name])
+    recipe.out = str(folder / "one")
+    recipes.pretrain(recipe)
+    command("pretrain", name, "--config", f"recipes/{name}_tiny.yaml", "--out", folder / "two", "--machine.save-every", "10", processes=2)
+    return name, folder
+
+
+def same_curves(a, b):
+    assert history(a)["step"] == history(b)["step"]
+    for k in ("loss", "grad_norm", "lr"): assert_close(history(b)[k], history(a)[k], atol=1e-5, rtol=1e-5)
+    for name, value in load_file(Path(a) / "model.safetensors").items():
+        assert_close(load_file(Path(b) / "model.safetensors")[name], value, atol=1e-4, rtol=1e-4)
+
+
+def without_the_end(folder, to):
+    "A copy of a run that was stopped after step 10."
+    shutil.copytree(folder, to, ignore=lambda _, names: {"model.safetensors", "step_00000020"} & set(names))
+    shutil.copy(folder / "step_00000010/model.safetensors", to / "step_00000010")
+    return to
+
+
+def test_two_processes_are_one_run(runs):
+    same_curves(runs[1] / "one", runs[1] / "two")
+
+
+def test_a_checkpoint_of_two_goes_on_with_one(runs, tmp_path, monkeypatch):
+    "The folder's own config.yaml starts it again."
+    name, folder = runs
+    out = without_the_end(folder / "two", tmp_path / "run")
+    run(monkeypatch, "pretrain", name, "--config", out / "config.yaml", "--out", out)
+    same_curves(folder / "one", out)
+
+
+def test_a_checkpoint_of_two_goes_on_with_four_sharded(runs, tmp_path):
+    "FSDP2, recompute, and more processes than began."
+    name, folder = runs
+    out = without_the_end(folder / "two", tmp_path / "run")
+    command("pretrain", name, "--config", out / "config.yaml", "--out", out, "--machine.shard", "--machine.recompute", processes=4)
+    same_curves(folder / "one", out)
+
+
+@pytest.mark.parametrize("runs", ["videomae"], indirect=True)
+def test_a_sharded_checkpoint_goes_on_with_one(runs, tmp_path, monkeypatch):
+    "Sharded from the start and accumulating; then alone."
+    folder, out, options = runs[1], tmp_path / "run", ("--machine.accumulate", "2", "--machine.save-every", "10")
+    command("pretrain", "videomae", "--config", "recipes/videomae_tiny.yaml", "--out", out, "--machine.shard", *options, processes=2)
+    same_curves(folder / "one", out)
+    out = without_the_end(out, tmp_path / "again")
+    run(monkeypatch, "pretrain", "videomae", "--config", out / "config.yaml", "--out", out, "--machine.no-shard")
+    same_curves(folder / "one", out)
+
+
+def test_what_a_run_leaves(runs, monkeypatch):
+    name, folder = runs
+    left = {p.name for p in (folder / "two").iterdir()}
+    assert left == {"config.yaml", "history.json", "model.safetensors", "step_00000010", "step_00000020"}
+    with safe_open(folder / "two/model.safetensors", "pt") as f: keys, about = list(f.keys()), json.loads(f.metadata()["config"])
+    prefixes = {k.split(".")[0] for k in keys}
+    assert prefixes == ({"encoder", "clip_decoder"} if name == "umt" else {"encoder", "decoder", "encoder_to_decoder", "mask_token"})
+    assert about["model"].startswith(f"{name}_pretrain") and about["dim"] == 64
+    assert yaml.safe_load((folder / "two/config.yaml").read_text())["machine"]["save_every"] == 10
+    again = recipes.read_recipe(folder / "two/config.yaml", KINDS[name])
+    again.out, again.schedule.base_lr = str(folder / "two"), 1e-3
+    with pytest.raises(ValueError, match=r"schedule.base_lr was 0.064, now 0.001"): recipes.pretrain(again)
+
+
+# shards, fine-tuning, features: in this process
+
+def test_shards_go_on_exactly(tmp_path, monkeypatch):
+    index = write_shards(VideoManifest(asset("clips/manifest.csv")).subset(range(32)), tmp_path / "shards", per_shard=4)
+    go = partial(run, monkeypatch, "pretrain", "umt", "--config", "recipes/umt_tiny.yaml", "--data.train", index, "--data.workers", 2)
+    go("--out", tmp_path / "whole")
+    go("--out", tmp_path / "part", "--machine.save-every", 6)
+    for late in checkpoints(tmp_path / "part"):
+        if late.name > "step_00000018": shutil.rmtree(late)
+    go("--out", tmp_path / "part", "--machine.save-every", 6)
+    a, b = history(tmp_path / "whole"), history(tmp_path / "part")
+    assert a["loss"] == b["loss"] and len(a["loss"]) == 20
+
+
+def test_finetune_eval_features(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "pretrain", "umt", "--config", "recipes/umt_tiny.yaml", "--out", tmp_path / "pre", "--steps", 2)
+    run(monkeypatch, "finetune", "--config", "recipes/finetune_tiny.yaml", "--init", tmp_path / "pre/model.safetensors", "--out", tmp_path / "ft", "--steps", 2)
+    assert "fresh 4: fc_norm.weight" in capsys.readouterr().out
+    model = ["--weights", tmp_path / "ft/model.safetensors", "--model", "umt_vit_base_patch16", "--classes", 8]
+    arguments = yaml.safe_load((ROOT / "recipes/finetune_tiny.yaml").read_text())["model_args"]
+    (tmp_path / "e.yaml").write_text(yaml.safe_dump({"model_args": arguments, "data": {"val": "sample", "frames": 4, "size": 64}, "test_clips": 2, "test_crops": 1}))
+    run(monkeypatch, "eval", "--config", tmp_path / "e.yaml", *model)
+    tested = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert tested == {k: json.loads((tmp_path / "ft/result.json").read_text())[k] for k in tested} and tested["videos"] == 35
+    (tmp_path / "f.yaml").write_text(yaml.safe_dump({"model_args": arguments}))
+    lists = tmp_path / "two.csv"
+    lists.write_text("path,label\n" + "".join(f"{asset(f'clips/{n}.mp4')},0\n" for n in ("00_left", "moments")))
+    for out, more in (("a.safetensors", ()), ("b.npz", ("--preprocess", "detection", "--precision", "bf16"))):
+        run(monkeypatch, "features", "--config", tmp_path / "f.yaml", *model, "--video", lists, "--window", 8, "--out", tmp_path / out, *more)
+        assert "30 windows of 2 videos" in capsys.readouterr().out
+    (found, settings), (other, _) = load_features(tmp_path / "a.safetensors"), load_features(tmp_path / "b.npz")
+    one = found[str(asset("clips/moments.mp4"))]
+    assert one["features"].shape == (29, 64) and settings["preprocess"] == "eval" and one["frames"][3].tolist() == [12, 19]
+    assert_close(one["seconds"][-1], torch.tensor([11.2, 12.0]))
+    assert not torch.allclose(one["features"], other[str(asset("clips/moments.mp4"))]["features"], atol=1e-2)
+
+
+def test_two_processes_test_together(tmp_path):
+    "Fine-tuned on two processes, sharded, in bf16; the file's accuracy is the same when one process measures it."
+    out = tmp_path / "ft"
+    command("finetune", "--config", "recipes/finetune_tiny.yaml", "--out", out, "--steps", "2", "--machine.shard", "--machine.precision", "bf16", processes=2)
+    together = json.loads((out / "result.json").read_text())
+    again = recipes.Evaluate(**{k: v for k, v in together["recipe"].items() if k not in ("data", "out")}, data=recipes.Data(**together["recipe"]["data"]))
+    alone = recipes.evaluate(again)
+    assert together["videos"] == alone["videos"] == 35 and abs(together["top1"] - alone["top1"]) < 1e-6 and abs(together["top5"] - alone["top5"]) < 1e-6
+
+
+def test_a_broken_clip_in_a_shard(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(asset("clips/00_left.mp4").read_bytes()[:900])
+    data = VideoManifest(asset("clips/manifest.csv")).subset(range(8))
+    data.items = data.items[:5] + [{"path": str(tmp_path / "broken.mp4"), "label": 0}] + data.items[5:7]
+    index = write_shards(data, tmp_path / "shards")
+    small = dict(transform=eval_transform(32), shuffle=0)
+    with pytest.raises(VideoReadError, match=r"00000.tar, broken.mp4"): list(VideoShards(index, 4, **small))
+    batches = list(VideoShards(index, 4, on_error="skip", **small))
+    assert batches[1]["name"][:2] == ["04_grow.mp4"] * 2 and "broken.mp4" in batches[1]["skipped"][0] and torch.equal(*batches[1]["clip"][:2])
