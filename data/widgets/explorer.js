@@ -53,7 +53,7 @@ function bins(chart) {  // groups of bars, one colour per series
       const height = (BASE - TOP) * value / max;
       return rect(LEFT + step * (i + 0.1) + width * k, BASE - height, width * 0.92, height, [BLUE, GREY][k]);
     })), ...chart.labels.map((label, i) => text(LEFT + step * (i + 0.5), 87, label)),
-    ...series.flatMap(([name], k) => [rect(LEFT + 84 + 58 * k, 1, 8, 8, [BLUE, GREY][k]), text(LEFT + 96 + 58 * k, 9, name, "start")]));
+    ...(series.length < 2 ? [] : series).flatMap(([name], k) => [rect(LEFT + 84 + 58 * k, 1, 8, 8, [BLUE, GREY][k]), text(LEFT + 96 + 58 * k, 9, name, "start")]));
 }
 function share(chart) {  // one horizontal bar; its text stands beside the title
   return picture(`${chart.title}: ${chart.text}`, 12,
