@@ -1,4 +1,4 @@
-"""One VideoMAE-B pre-training step against transformers' `VideoMAEForPreTraining`: `python benchmarks/pretrain.py` (about five minutes; `pip install transformers` first).
+"""One VideoMAE-B pre-training step against transformers' `VideoMAEForPreTraining`: `python benchmarks/pretrain.py` (about five minutes on 2 cores).
 
 224 pixels, 16 frames, the same clips and the same tube mask at 0.9 on both sides, AdamW, float32. First with the same work (everything that is
 hidden is decoded), and the two losses are compared from the same weights; then ours with a running cell at one half. Steps alternate; the ratio is

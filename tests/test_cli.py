@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import yaml
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -18,11 +19,17 @@ from vfm_lab.data.transforms import eval_transform
 from vfm_lab.lab import asset
 from vfm_lab.models import umt, videomae  # noqa: F401  (registers the names)
 from vfm_lab.tasks.features import load_features
+from vfm_lab.train.loop import sharded
 from vfm_lab.train.resume import checkpoints
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))
 ENV = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", COLUMNS="160")
+
+
+def shards(test):
+    "Torch 2.6 cannot shard on a CPU; `fit` then says so, which is tested in its place (test_a_torch_that_cannot_shard_says_so)."
+    return test if hasattr(torch.cpu.Stream, "record_event") else None
 
 
 def kind_of(file):
@@ -170,6 +177,11 @@ def test_a_checkpoint_of_two_goes_on_with_one(runs, tmp_path, monkeypatch):
     same_curves(folder / "one", out)
 
 
+def test_a_torch_that_cannot_shard_says_so(monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    with pytest.raises(ValueError, match=f"torch {torch.__version__.split('+')[0]}.* cannot shard a run on a CPU"): sharded(torch.nn.Linear(2, 2), Accelerator(cpu=True))
+
+@shards
 def test_a_checkpoint_of_two_goes_on_with_four_sharded(runs, tmp_path):
     "FSDP2, recompute, and more processes than began."
     name, folder = runs
@@ -178,6 +190,7 @@ def test_a_checkpoint_of_two_goes_on_with_four_sharded(runs, tmp_path):
     same_curves(folder / "one", out)
 
 
+@shards
 @pytest.mark.parametrize("runs", ["videomae"], indirect=True)
 def test_a_sharded_checkpoint_goes_on_with_one(runs, tmp_path, monkeypatch):
     "Sharded from the start and accumulating; then alone."
@@ -240,6 +253,7 @@ def test_finetune_eval_features(tmp_path, monkeypatch, capsys):
     assert not torch.allclose(one["features"], other[str(asset("clips/moments.mp4"))]["features"], atol=1e-2)
 
 
+@shards
 def test_two_processes_test_together(tmp_path):
     "Fine-tuned on two processes, sharded, in bf16; the file's accuracy is the same when one process measures it."
     out = tmp_path / "ft"

@@ -290,7 +290,7 @@ def teacher(
         load_weights(tower, recipe.teacher_weights, lambda s: resize_grid(vision_from_openai(s), recipe.teacher_size, tower.patch_embed.patch))
     return tower
 
-# %% ../nbs/05_recipes.ipynb #b5d94559
+# %% ../nbs/05_recipes.ipynb #a76cd22a
 def load_classifier(
     model: "nn.Module",      # a classifier, is filled
     file: str,               # weight file
@@ -300,18 +300,20 @@ def load_classifier(
 ) -> str:                    # report: what became of every key
     "Fill a classifier from an official or own file; raises `CheckpointError` for keys that do not fit."
     from vfm_lab.models import umt, videomae
-    from vfm_lab.models.checkpoints import load_weights, read_weights
+    from vfm_lab.models.checkpoints import CheckpointError, load_weights, read_weights
     from vfm_lab.models.videomae import read_label_map
     rows = range(model.num_classes) if label_map == "first" else None if label_map is None else read_label_map(label_map)
     maps = {"umt_stage1": umt.classifier_from_stage1, "umt_finetuned": partial(umt.classifier_from_finetuned, classes=rows),
             "videomae_pretrained": videomae.classifier_from_pretrained, "videomae_finetuned": partial(videomae.classifier_from_finetuned, label_map=rows),
             "same": partial(umt.classifier_from_finetuned, classes=rows)}
     given = read_weights(file)
-    state = maps[kind](given)
-    fresh = umt.FRESH if kind in ("umt_stage1", "videomae_pretrained") else ()
-    if fresh_head and "head.weight" in state and len(state["head.weight"]) != model.num_classes:
-        state, fresh = {k: None if k.startswith("head.") else v for k, v in state.items()}, (r"head\.",)
-    return str(load_weights(model, given, lambda _: state, fresh=fresh))
+    try:
+        state = maps[kind](given)
+        fresh = umt.FRESH if kind in ("umt_stage1", "videomae_pretrained") else ()
+        if fresh_head and "head.weight" in state and len(state["head.weight"]) != model.num_classes:
+            state, fresh = {k: None if k.startswith("head.") else v for k, v in state.items()}, (r"head\.",)
+        return str(load_weights(model, given, lambda _: state, fresh=fresh))
+    except CheckpointError as e: raise CheckpointError(f"{file}: {e}") from None
 
 # %% ../nbs/05_recipes.ipynb #eba70ec8
 def first_process() -> bool:

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'MOTIONS', 'VERBS', 'RGB', 'DIGITS', 'motion_dials', 'sprite_bank', 'place_sprites', 'backgrounds',
-           'to_frames', 'SynthBatch', 'synth_clips', 'object_share', 'item_generator', 'SynthDataset', 'SynthMoments',
-           'synth_moments', 'digit_bank', 'digit_clips', 'save_clip']
+           'to_frames', 'SynthBatch', 'synth_clips', 'soft_clips', 'object_share', 'item_generator', 'SynthDataset',
+           'SynthMoments', 'synth_moments', 'digit_bank', 'digit_clips', 'save_clip']
 
-# %% ../../nbs/data/00_synth.ipynb #9a820558
+# %% ../../nbs/data/00_synth.ipynb #07caf1dd
 import hashlib
 import math
 from dataclasses import dataclass
@@ -201,6 +201,19 @@ def synth_clips(
     sprites = sprite_bank(math.ceil(2 * LARGE * min(hw))).to(shape.device)[shape]
     clip, mask = _compose(sprites, shape, color, motion, frames, hw, distractors, generator)
     return SynthBatch(clip, mask, shape, color, motion)
+
+# %% ../../nbs/data/00_synth.ipynb #0f18c66f
+def soft_clips(
+    n: int,                                    # number of clips B
+    *,
+    frames: int = 8,                           # T
+    size: int = 32,                            # side in pixels, a multiple of 4
+    generator: torch.Generator | None = None,  # source of randomness
+) -> Tensor:                                   # float (B, 3, T, size, size) in [0, 1]
+    "Moving shapes over smooth backgrounds, for models that rebuild pixels."
+    made, k = synth_clips(n, size=size, frames=frames, distractors=0, generator=generator), size // 4
+    smooth = F.interpolate(F.avg_pool3d(made.clip, (1, k, k)), scale_factor=(1, k, k), mode="trilinear")
+    return torch.where(made.mask[:, None], made.clip, smooth)
 
 # %% ../../nbs/data/00_synth.ipynb #2f23ccdd
 def object_share(

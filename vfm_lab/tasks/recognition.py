@@ -6,15 +6,13 @@
 __all__ = ['extract', 'knn_predict', 'knn_accuracy', 'linear_probe', 'AttentiveProbe', 'attentive_probe', 'recognition_metrics',
            'accuracy_interval']
 
-# %% ../../nbs/tasks/00_recognition.ipynb #275b0456
+# %% ../../nbs/tasks/00_recognition.ipynb #9e4b5b8f
 from collections.abc import Callable, Iterable
 from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 # %% ../../nbs/tasks/00_recognition.ipynb #05439b9d
 @torch.no_grad()
@@ -121,11 +119,13 @@ def attentive_probe(
         schedule.step()
     with torch.no_grad(): return (probe(test_x).argmax(1) == test_y).float().mean().item()
 
-# %% ../../nbs/tasks/00_recognition.ipynb #13a36eee
+# %% ../../nbs/tasks/00_recognition.ipynb #d6f3815f
 def recognition_metrics(
     num_classes: int,   # K
-) -> MetricCollection:  # `update(scores (B, K), labels (B,))` per batch, then `compute()`
+) -> "torchmetrics.MetricCollection":  # noqa: F821  `update(scores (B, K), labels (B,))` per batch, then `compute()`
     "top1, top5 and confusion (K, K: truth along the rows), counted over all batches and processes."
+    from torchmetrics import MetricCollection                          # a second of import that only tests of classifiers need
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
     return MetricCollection({
         "top1": MulticlassAccuracy(num_classes, average="micro"),
         "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),

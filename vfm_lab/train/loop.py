@@ -173,13 +173,14 @@ def switched(
     finally:
         for block in parts: vars(block).pop("forward", None)
 
-# %% ../../nbs/train/10_loop.ipynb #bf289f6b
+# %% ../../nbs/train/10_loop.ipynb #3ff84bf0
 def sharded(
     model: nn.Module,          # its parameters become parts of themselves
     accelerator: Accelerator,  # of the run
 ) -> nn.Module:                # the same module
-    "Spread a model over all processes, block by block, the rest as one more part; raises `ValueError` for fp16."
+    "Spread a model over all processes, block by block, the rest as one more part; raises `ValueError` for fp16, and on a CPU for a torch that cannot."
     if accelerator.mixed_precision == "fp16": raise ValueError("a sharded run cannot scale fp16 gradients: use bf16")
+    if accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"): raise ValueError(f"torch {torch.__version__} cannot shard a run on a CPU: use a newer one")
     half = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))

@@ -7,7 +7,7 @@ __all__ = ['STRATEGIES', 'OCTAVES', 'draw_mask', 'overlap', 'attention_bins', 'e
            'Panel', 'mask_panel', 'Control', 'Explorer', 'attention_panel', 'MaskExplorer', 'AttentionExplorer',
            'picture', 'gif']
 
-# %% ../../nbs/viz/12_explorer.ipynb #108a9868
+# %% ../../nbs/viz/12_explorer.ipynb #3aa8e493
 import base64
 import io
 import textwrap
@@ -27,7 +27,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..tokens.masking import attention_sampled_mask, frame_mask, random_mask, running_cell_mask, tube_mask
-from .attention import attention_map, record_attention
+from .attention import AttentionRecord, attention_map, record_attention
 from .figures import OKABE_ITO, heat_overlay, mask_overlay, save_gif, to_frames
 
 # %% ../../nbs/viz/12_explorer.ipynb #4eeedf63
@@ -184,7 +184,7 @@ def mask_panel(
     words = _mask_words(title, hidden, skipped, attention)
     return Panel(title, tokens, attention, None, strategy == "drawn", legend, words, _mask_charts(hidden, skipped, attention))
 
-# %% ../../nbs/viz/12_explorer.ipynb #f45c6e83
+# %% ../../nbs/viz/12_explorer.ipynb #effaa923
 @dataclass
 class Control:
     "One thing a reader can change."
@@ -195,6 +195,18 @@ class Control:
     options: list = field(default_factory=list)  # what it can be
     page: list | None = None                     # the options that a page without kernel knows; None: all; empty: the control is not there
     hint: str = ""                               # shown when the pointer rests on it
+
+    def check(
+        self,
+        value: object,  # a new value
+        tokens: int,    # N of the grid
+    ) -> None:
+        "Raise `ValueError` for what this control cannot be."
+        if self.kind in ("patch", "patches"):
+            named = value if self.kind == "patches" else [] if value is None else [value]
+            if not all(isinstance(i, int) and 0 <= i < tokens for i in named): raise ValueError(f"{self.name} names tokens 0 to {tokens - 1}, got {value!r}")
+        elif not (self.options[0] <= value <= self.options[-1] if self.kind == "slider" else value in self.options):
+            raise ValueError(f"{self.name} is one of {self.options}, got {value!r}")
 
 # %% ../../nbs/viz/12_explorer.ipynb #76ec7f8f
 def _checked(clip: Tensor, patch: int = 1, tubelet: int = 1) -> Tensor:
@@ -207,7 +219,7 @@ def _checked(clip: Tensor, patch: int = 1, tubelet: int = 1) -> Tensor:
         raise ValueError(f"patches of {patch} pixels and tubelets of {tubelet} frames do not divide a clip of {T} frames of {H}×{W}")
     return clip.detach().cpu()
 
-# %% ../../nbs/viz/12_explorer.ipynb #c8a1ff6c
+# %% ../../nbs/viz/12_explorer.ipynb #cd46bb1e
 class Explorer:
     "Controls, the parts they steer, and the present settings; subclasses say which."
     title = "Explorer"
@@ -227,6 +239,7 @@ class Explorer:
         self.controls = {c.name: c for c in [*controls, frame, gif]}
         self.settings = {c.name: c.value for c in self.controls.values() if c.kind != "action"}
         self.watchers: list[Callable[[], None]] = []    # called after every change
+        self.widget = None                              # its live shell, made when it is first shown
 
     def set(
         self,
@@ -235,11 +248,7 @@ class Explorer:
         "Turn controls; raises `ValueError` for a name or a value that is not there."
         for name, value in changes.items():
             if name not in self.settings: raise ValueError(f"no control {name!r}; there are {', '.join(self.settings)}")
-            c, N = self.controls[name], int(np.prod(self.grid))
-            tokens = value if c.kind == "patches" else [value] if c.kind == "patch" and value is not None else []
-            if not all(isinstance(i, int) and 0 <= i < N for i in tokens): raise ValueError(f"{name} names tokens 0 to {N - 1}, got {value!r}")
-            if not c.options or c.kind == "patch": continue
-            if not (c.options[0] <= value <= c.options[-1] if c.kind == "slider" else value in c.options): raise ValueError(f"{name} is one of {c.options}, got {value!r}")
+            self.controls[name].check(value, int(np.prod(self.grid)))
         self.settings.update(changes)
         for heard in self.watchers: heard()
         return self
@@ -330,7 +339,16 @@ def _scored(panel: Panel, attention: Tensor) -> Panel:
     panel.words = [said if kept.any() else "Click or drag over patches to keep them; one frame is enough."]
     return panel
 
-# %% ../../nbs/viz/12_explorer.ipynb #b13fd896
+# %% ../../nbs/viz/12_explorer.ipynb #38e85c3c
+def _teacher_controls(record: AttentionRecord) -> list:
+    "What there is to choose about a teacher's attention."
+    L, H, N = record.layers, record.heads, int(np.prod(record.grid))
+    return [Control("layer", "choice", "teacher's layer", L - 1, list(range(L)), _page_layers(L), "attention-sampled masks are drawn from this layer"),
+            Control("head", "choice", "its heads", "mean", ["mean", "max", "min", *range(H)], ["mean"], "one head, or all of them fused"),
+            Control("query", "patch", "patch", None, list(range(N)), _page_queries(*record.grid, most=512), "click a patch to see where it looks"),
+            Control("predict", "toggle", "Predict first", False, [False, True], [], "hide the attention, mark what you expect, then reveal")]
+
+# %% ../../nbs/viz/12_explorer.ipynb #386a4a50
 class MaskExplorer(Explorer):
     "Two masks of a clip side by side, beside what the teacher looks at (UMT §3, VideoMAE V2 §3)."
     title = "Mask explorer"
@@ -350,7 +368,7 @@ class MaskExplorer(Explorer):
         controls = [Control("a", "choice", "left mask", names[0], names + ["drawn"], names, "drawn: click or drag over patches to keep them"),
                     Control("b", "choice", "right mask", names[1], names + ["drawn"], names),
                     Control("ratio", "slider", "mask ratio", 0.8, RATIOS, RATIOS[5:]), Control("seed", "slider", "seed", 0, list(range(20)), [0, 1, 2, 3]),
-                    *(self._teacher_controls(*grid) if teacher else ()),
+                    *(_teacher_controls(self.record) if teacher else ()),
                     Control("overlay", "choice", "draw masks as", "grey", ["grey", "outline"] + ["heat"] * bool(teacher)),
                     Control("drawn", "patches", "drawing", [], page=[])]
         asked = dict(layer="layer", head="head", predict="predict") if teacher else {}
@@ -358,29 +376,18 @@ class MaskExplorer(Explorer):
         for p in "ab": parts[p] = self._masked, dict(strategy=p, ratio="ratio", seed="seed", drawn="drawn", **asked)
         super().__init__(clip, stats, grid, controls, parts)
 
-    def _teacher_controls(self, t: int, h: int, w: int) -> list:
-        "What there is to choose about the teacher's attention."
-        L, H = self.record.layers, self.record.heads
-        return [Control("layer", "choice", "teacher's layer", L - 1, list(range(L)), _page_layers(L), "attention-sampled masks are drawn from this layer"),
-                Control("head", "choice", "its heads", "mean", ["mean", "max", "min", *range(H)], ["mean"], "one head, or all of them fused"),
-                Control("query", "patch", "patch", None, list(range(t * h * w)), _page_queries(t, h, w, 512), "click a patch to see where it looks"),
-                Control("predict", "toggle", "Predict first", False, [False, True], [], "hide the attention, mark what you expect, then reveal")]
-
-    def _attention(self, layer: int, head: str | int, query: int | None = None) -> Tensor:
-        "Of the teacher."
-        return attention_map(self.record, layer, head, query)
-
     def _look(self, layer: int, head: str | int, predict: bool, query: int | None) -> Panel:
         "What the teacher looks at."
         if predict: return Panel("the clip", words=["The teacher's attention is hidden. Which patches does it look at?"], edit=True)
-        return attention_panel(self._attention(layer, head, query), "the teacher's attention", query, self.record.joint)
+        return attention_panel(attention_map(self.record, layer, head, query), "the teacher's attention", query, self.record.joint)
 
     def _masked(self, strategy: str, ratio: float, seed: int, drawn: list, layer: int = 0, head: str | int = "mean", predict: bool = False) -> Panel:
         "One of the two masks."
         if predict and strategy != "drawn": return Panel("hidden until you reveal", edit=True)
-        attention = self._attention(layer, head) if self.record and not predict else None
+        attention = attention_map(self.record, layer, head) if self.record and not predict else None
         panel = mask_panel(strategy, self.grid, ratio, seed, attention, drawn)
-        if predict: return _wanted(panel, len(panel.tokens[0].flatten()) - int(panel.tokens[0].numel() * ratio))
+        places = panel.tokens[0].numel()
+        if predict: return _wanted(panel, places - int(places * ratio))
         return _scored(panel, attention) if strategy == "drawn" and self.record else panel
 
     def set(

@@ -35,12 +35,13 @@ def _live_class() -> type:
         scene, settings, view = (traitlets.Dict().tag(sync=True) for _ in range(3))
     return LiveExplorer
 
-# %% ../../nbs/viz/20_widgets.ipynb #a42d1dd0
+# %% ../../nbs/viz/20_widgets.ipynb #b92ac71c
 def live(
     explorer: Explorer,       # to be shown; the widget and it stay in step
 ) -> "anywidget.AnyWidget":   # with the traits scene, settings, view
-    "The live shell of an explorer (needs anywidget)."
-    widget = _live_class()(scene=scene(explorer), settings=dict(explorer.settings))
+    "The live shell of an explorer, the same one however often it is shown (needs anywidget)."
+    if explorer.widget: return explorer.widget
+    explorer.widget = widget = _live_class()(scene=scene(explorer), settings=dict(explorer.settings))
     seen = {}
     def show():
         settings = dict(explorer.settings)
