@@ -66,8 +66,7 @@ class Lab:
         self.token = re.search(r"token=(\w+)", self.text())[1]
 
     def text(self): return (self.home/"lab.log").read_text()
-    def kernels(self): return json.loads(get(f"{self.url}/api/kernels", self.token)[1])
-
+    
     def close(self):
         for s in (signal.SIGTERM, signal.SIGKILL):
             try: os.killpg(self.process.pid, s)
@@ -114,25 +113,28 @@ def test_lab_is_quick_local_and_closed(lab):
             s.settimeout(2)
             assert s.connect_ex((address, lab.port)) != 0, f"JupyterLab listens on {address}"
 
-def test_run_all(lab, page):
-    "Run > Run All Cells, through the menu, ends with every cell run and no error."
-    path = lab.home/"nbs/tour.ipynb"
+def run_all(lab, page, name):
+    "Run > Run All Cells, through the menu; waits until every cell has run, without errors."
+    path = lab.home/"nbs"/name
     page.get_by_text(re.compile(r"\(ipykernel\) \| Idle")).wait_for(timeout=60_000)
+    kernel = lambda: next(s["kernel"]["execution_state"] for s in json.loads(get(f"{lab.url}/api/sessions", lab.token)[1]) if s["path"].endswith(name))
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     start, cells, errors = time.time(), [], []
     while time.time() - start < LIMIT and not errors:
         time.sleep(1)
-        if lab.kernels()[0]["execution_state"] != "idle": continue
+        if kernel() != "idle": continue
         page.keyboard.press("Control+s")
         time.sleep(1)
         cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
         errors = [f"code cell {i}: {o['ename']}: {o['evalue']}" for i, c in enumerate(cells) for o in c["outputs"] if o["output_type"] == "error"]
-        if all(c["execution_count"] for c in cells) and lab.kernels()[0]["execution_state"] == "idle": break
-    shoot(page, "tour")
+        if all(c["execution_count"] for c in cells) and kernel() == "idle": break
+    shoot(page, path.stem)
     assert not errors, errors
     waiting = [i for i, c in enumerate(cells) if not c["execution_count"]]
     assert cells and not waiting, f"code cells {waiting} of {len(cells)} were not run in {LIMIT} s"
+
+def test_run_all(lab, page): run_all(lab, page, "tour.ipynb")
 
 
 class Explorer:
@@ -296,3 +298,15 @@ def test_dark(page):
         ink = explorer.root.evaluate("e => getComputedStyle(e.querySelector('.vfm-words')).color.match(/[\\d.]+/g).slice(0, 3).reduce((a, b) => a + +b, 0)")
         assert ink > 450, f"the words of the {name} explorer are dark on dark"
         shoot(page, f"{name}-dark")
+
+def test_running_cell_explorer_every_control(lab, page):
+    "The chapter of the running-cell explorer, in a tab of its own."
+    tab = page.context.browser.new_page(viewport={"width": 1280, "height": 1000})
+    tab.goto(f"{lab.url}/lab/workspaces/cells/tree/nbs/viz/14_running_cell.ipynb?token={lab.token}")
+    tab.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
+    run_all(lab, tab, "viz/14_running_cell.ipynb")
+    explorer = Explorer(tab, 0)
+    assert {"a", "b", "skip", "phase", "ratio", "seed", "overlay", "frame"} <= set(every_control(explorer))
+    explorer.changes(lambda: explorer.control("a").select_option("random"), "random decoder mask")
+    shoot(tab, "running-cell")
+    tab.close()

@@ -51,16 +51,16 @@ def layer_numbers(
         return 0 if part in stem or part.endswith(("_token", "_embed")) else len(blocks) + 1
     return {name: layer(name) for name, _ in model.named_parameters()}
 
-# %% ../../nbs/train/00_optim.ipynb #88303bd4
+# %% ../../nbs/train/00_optim.ipynb #f1c578e1
 def param_groups(
     model: nn.Module,          # any module; with `layer_decay` one that has `blocks`, see `layer_numbers`
     weight_decay: float,       # decay of the matrices and kernels
     layer_decay: float = 1.0,  # each layer's learning rate over that of the layer above it, d
 ) -> list[dict]:               # groups for an optimizer of torch; "lr_scale" is the share of the schedule's rate
-    "Split the trainable parameters: biases and other vectors do not decay, lower layers learn more slowly."
+    "Split the trainable parameters: vectors, tokens, position tables and scales do not decay, lower layers learn more slowly."
     layers, groups = layer_numbers(model) if layer_decay != 1 else {}, {}
     for name, p in model.named_parameters():
-        vector = p.ndim <= 1 or name.endswith(".bias")
+        vector = p.ndim <= 1 or name.endswith((".bias", ".scale", "_token", "pos_embed"))
         if p.requires_grad: groups.setdefault((layers.get(name, 0), vector), []).append(p)
     top = max(layers.values(), default=0)                                  # L + 1
     return [dict(params=ps, weight_decay=0.0 if vector else weight_decay, lr_scale=layer_decay ** (top - layer))
