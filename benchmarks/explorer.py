@@ -5,16 +5,15 @@ charts and the picture of the left mask are drawn anew is taken in the page. The
 ipywidgets slider that puts the same state into an Image widget, drawn by matplotlib (`picture`). Turns alternate.
 Results go to `benchmarks/results/explorer.json` and `explorer.md`.
 """
-import json, os, platform, statistics, sys, tempfile
+import statistics, tempfile
 from pathlib import Path
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import nbformat
-import torch
+from _common import machine, report
 from playwright.sync_api import sync_playwright
 from tests.test_browser import Lab
 from tools.browser import chromium, launch
 
-ROOT, TURNS = Path(__file__).resolve().parents[1], 24
+TURNS = 24
 CELL = '''
 import ipywidgets as w
 from vfm_lab.data.reader import read_clip
@@ -57,7 +56,7 @@ def measure(page) -> dict:
     return times
 
 def main() -> None:
-    path = chromium()
+    about, path = machine(), chromium()
     with tempfile.TemporaryDirectory() as home:
         nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
         lab = Lab(Path(home)/"lab")
@@ -73,15 +72,9 @@ def main() -> None:
                 times = measure(page)
                 browser.close()
         finally: lab.close()
-    rows = {name: {"median": round(statistics.median(ms)), "worst": round(max(ms))} for name, ms in times.items()}
-    ratio = round(rows["peer: seed"]["median"] / rows["seed"]["median"], 1)
-    machine = {"cores": len(os.sched_getaffinity(0)), "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__}
-    table = "\n".join(["| turned | median ms | worst ms |", "|---|---|---|", *(f"| {name} | {r['median']} | {r['worst']} |" for name, r in rows.items())])
-    print(table, f"\nthe peer takes {ratio} × as long")
-    out = ROOT/"benchmarks/results"
-    (out/"explorer.json").write_text(json.dumps({"machine": machine, "rows": rows, "peer / ours": ratio}, indent=1) + "\n")
-    (out/"explorer.md").write_text(f"# The explorer's answer in JupyterLab\n\nMade by `python benchmarks/explorer.py`: {TURNS} turns of each control, from the turn to the new "
-                                   f"picture, on the default clip. The peer draws the same state with matplotlib into an Image widget; it takes {ratio} × as long.\n\n{table}\n\n"
-                                   + ", ".join(f"{k} {v}" for k, v in machine.items()) + "\n")
+    rows = {name: {"median ms": round(statistics.median(ms)), "worst ms": round(max(ms))} for name, ms in times.items()}
+    ratio = round(rows["peer: seed"]["median ms"] / rows["seed"]["median ms"], 1)
+    report("explorer", "The explorer's answer in JupyterLab", f"{TURNS} turns of each control, from the turn to the new picture, on the default clip. "
+           f"The peer draws the same state with matplotlib into an Image widget; it takes {ratio} × as long.", about, {"turned": rows})
 
 if __name__ == "__main__": main()

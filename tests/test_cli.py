@@ -1,5 +1,5 @@
 "The command line: recipes, runs on several processes, shards, features; all in processes of their own, as a user starts them."
-import json, os, shutil, socket, subprocess, sys
+import csv, json, os, shutil, socket, subprocess, sys
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from vfm_lab import cli, recipes
 from vfm_lab.data.datasets import VideoManifest, VideoShards, write_shards
 from vfm_lab.data.reader import VideoReadError
+from vfm_lab.data.synth import COLORS
 from vfm_lab.data.transforms import eval_transform
 from vfm_lab.lab import asset
 from vfm_lab.models import umt, videomae  # noqa: F401  (registers the names)
@@ -251,6 +252,26 @@ def test_finetune_eval_features(tmp_path, monkeypatch, capsys):
     assert one["features"].shape == (29, 64) and settings["preprocess"] == "eval" and one["frames"][3].tolist() == [12, 19]
     assert_close(one["seconds"][-1], torch.tensor([11.2, 12.0]))
     assert not torch.allclose(one["features"], other[str(asset("clips/moments.mp4"))]["features"], atol=1e-2)
+
+
+def test_three_stages_in_a_row(tmp_path, monkeypatch, capsys):
+    "Pre-training, post-pre-training, target: each starts from the file of the one before, and the target's head starts anew."
+    clips = asset("clips")
+    rows = list(csv.DictReader((clips / "manifest.csv").open()))
+    (tmp_path / "colors.csv").write_text("path,label\n" + "".join(f"{clips / r['path']},{COLORS.index(r['color'])}\n" for r in rows))
+    go, weights = partial(run, monkeypatch), lambda name: load_file(tmp_path / name / "model.safetensors")
+    go("pretrain", "videomae", "--config", "recipes/videomae_tiny.yaml", "--out", tmp_path / "one", "--steps", 2)
+    go("finetune", "--config", "recipes/videomae_tiny_post.yaml", "--init", tmp_path / "one/model.safetensors", "--out", tmp_path / "two", "--steps", 2, "--seed", 1)
+    assert "fresh 4: fc_norm.weight" in capsys.readouterr().out
+    data = ("--data.train", tmp_path / "colors.csv", "--data.val", tmp_path / "colors.csv")
+    go("finetune", "--config", "recipes/videomae_tiny_target.yaml", "--init", tmp_path / "two/model.safetensors", *data, "--out", tmp_path / "three", "--steps", 2, "--seed", 2)
+    said = capsys.readouterr().out
+    assert "fresh 2: head.weight, head.bias" in said and "dropped 2: head." in said
+    assert weights("two")["head.weight"].shape == (8, 64) and weights("three")["head.weight"].shape == (6, 64)
+    close = lambda a, b: (a - b).abs().max() < 0.02                       # two small steps away; another seed starts elsewhere
+    assert close(weights("one")["encoder.blocks.1.attn.qkv.weight"], weights("two")["blocks.1.attn.qkv.weight"])
+    assert close(weights("two")["blocks.1.attn.qkv.weight"], weights("three")["blocks.1.attn.qkv.weight"])
+    assert json.loads((tmp_path / "three/result.json").read_text())["videos"] == 35
 
 
 @shards

@@ -62,7 +62,7 @@ class CLIPVision(nn.Module):
     ) -> Tensor:         # (B·T, 1+S, D), class token first
         "Tokens of each frame after positions and pre-norm."
         B, _, T = frames.shape[:3]
-        x = self.patch_embed(frames).view(B * T, -1, self.cls_token.shape[0])
+        x = self.patch_embed(frames.to(self.proj.dtype)).view(B * T, -1, self.cls_token.shape[0])   # a tower in bf16 takes any clip
         if x.shape[1] + 1 != len(self.pos_embed):
             raise ValueError(f"this tower reads {self.image_size}-pixel frames, got {tuple(frames.shape)}")
         x = torch.cat([self.cls_token.to(x.dtype).expand(B * T, 1, -1), x], 1)

@@ -9,6 +9,7 @@ __all__ = ['pixel_cubes', 'cube_stats', 'pixel_target', 'reconstruction_loss', '
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 # %% ../../nbs/objectives/05_reconstruction.ipynb #5cdc9813
 _STATS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -59,7 +60,7 @@ def reconstruction_loss(
 ) -> Tensor:             # scalar
     "Mean squared error over tokens that are decoded and hidden (VideoMAE V2 §3); NaN if there is none."
     if prediction.shape != target.shape: raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ")
-    error = (prediction.float() - target).square().mean(-1)  # (B, n)
+    error = F.mse_loss(prediction.float(), target, reduction="none").mean(-1)  # (B, n)
     return (error * hidden).sum() / hidden.sum()
 
 # %% ../../nbs/objectives/05_reconstruction.ipynb #4225adb5
