@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Outputs', 'SYSTEMS', 'Case', 'read_case', 'system', 'umt_stage1', 'umt_teacher_conversion', 'umt_finetune',
            'clip_vision', 'clip_text', 'videomae_v2_masks', 'videomae_v2_pretrain', 'videomae_v2_finetune',
-           'videomae_pretrain', 'videomae_classifier', 'Line', 'compare', 'run_case', 'parity']
+           'videomae_pretrain', 'videomae_classifier', 'uniformerv2', 'internvideo_multimodal', 'Line', 'compare',
+           'run_case', 'parity']
 
-# %% ../nbs/20_parity.ipynb #8e370ef9
+# %% ../nbs/20_parity.ipynb #52871dac
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,9 +23,12 @@ from torch.nn import functional as F
 from .models.checkpoints import load_weights
 from .models.clip import (CLIPText, CLIPVision, inflate_stem, resize_frames, resize_grid, text_from_transformers, vision_from_openai,
                                  vision_from_transformers)
+from .models.internvideo import VideoText, from_official as official_internvideo, sizes_from_official
 from .models.umt import UMTClassifier, UMTStudent, classifier_from_finetuned, teacher_target
+from .models.uniformerv2 import UniFormerV2, from_official as official_uniformerv2
 from .models.videomae import VideoMAE, VideoMAEClassifier, from_transformers
 from .objectives.alignment import uta_loss
+from .objectives.language import caption_loss
 from .objectives.reconstruction import pixel_target
 from .tokens.masking import mask_from_order, repeat_in_time, running_cell_mask
 from .tokens.patching import visible_indices
@@ -231,6 +235,42 @@ def videomae_classifier(
     model.fc_norm.eps = 1e-5
     load_weights(model, case.weights, from_transformers)
     return {"logits": model(case.inputs["clip"].transpose(1, 2))}
+
+# %% ../nbs/20_parity.ipynb #e850799e
+@system("uniformerv2")
+def uniformerv2(
+    case: Case,  # of the system `uniformerv2`
+) -> Outputs:    # by the names of the official outputs
+    "UniFormerV2's classifier: tokens, queries, mixture, scores."
+    c, clip = _only(case, ln_eps=1e-5, local_reduction=1.5, stem_temporal_kernel=3, global_mlp_ratio=case.config["mlp_ratio"]), case.inputs["clip"]
+    local = {(False, False): None, (True, False): "single", (True, True): "double"}[c["local_blocks"], c["double_local_blocks"]]
+    model = UniFormerV2(c["num_classes"], c["image_size"], c["patch_size"], c["num_frames"], c["embed_dim"], c["depth"], c["num_heads"], c["mlp_ratio"],
+                        tuple(c["global_layers"]), c["global_num_heads"], local, c["temporal_downsample"], frozen=c["frozen"]).eval()
+    load_weights(model, case.weights, official_uniformerv2)
+    queries = [model.fusion.ask(0, clip)]
+    for block, tokens in zip(model.fusion.layers, model.layers(clip, c["global_layers"])): queries.append(block(queries[-1], tokens))
+    feature, last = model.encode(clip)
+    return {"logits": model(clip), "queries": torch.stack(queries[1:])[:, :, 0], "classifier_input": feature,
+            "first_block_tokens": model.layers(clip, [0])[0], "last_block_tokens": last}
+
+# %% ../nbs/20_parity.ipynb #b00f2299
+@system("internvideo_multimodal")
+def internvideo_multimodal(
+    case: Case,  # of the system `internvideo_multimodal`
+) -> Outputs:    # by the names of the official outputs
+    "InternVideo's multimodal tower: clips, images, texts, similarity, captions."
+    c, (clip, ids, ignored) = _only(case, ln_eps=1e-5, temporal_downsample=False, stem_temporal_kernel=1), (case.inputs[k] for k in ("video", "text_ids", "ignored_tokens"))
+    sizes = sizes_from_official(case.weights, c["num_heads"], c["text_num_heads"])
+    named = dict(image_size=c["image_size"], patch=c["patch_size"], dim=c["embed_dim"], depth=c["depth"], heads=c["global_num_heads"], global_layers=c["global_layers"])
+    if sizes["vision"] != named: raise ValueError(f"sizes read off the tensors {sizes['vision']} are not those of the case {named}")
+    model, hidden = VideoText(**sizes).eval(), case.outputs["masked_positions"]
+    load_weights(model, case.weights, official_internvideo)
+    (video, tokens), (text, words) = model.watch(clip), model.read(ids)
+    seen = model.decoder.look(tokens)
+    logits = model.decoder(words[:, :-1], seen)
+    return {"video_embedding": video, "video_tokens": tokens.unflatten(1, (clip.shape[2], -1)).permute(2, 0, 1, 3), "image_embedding": model.encode_image(clip[:, :, 0]),
+            "text_embedding": text, "text_tokens": words, "masked_positions": hidden, "text_embedding_masked": model.read(ids, hidden)[0],
+            "similarity": model.similarity(video, text), "visual_queries": seen, "caption_logits": logits, "caption_loss": caption_loss(logits, ids, ignored)}
 
 # %% ../nbs/20_parity.ipynb #04d58c10
 @dataclass
