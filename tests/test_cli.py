@@ -10,6 +10,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
+from test_reference_values import fill, noise, official_multimodal, official_uniformerv2
 from torch.testing import assert_close
 
 from vfm_lab import cli, recipes
@@ -18,8 +19,11 @@ from vfm_lab.data.reader import VideoReadError
 from vfm_lab.data.synth import COLORS
 from vfm_lab.data.transforms import eval_transform
 from vfm_lab.lab import asset
-from vfm_lab.models import umt, videomae  # noqa: F401  (registers the names)
+from vfm_lab.models import umt, uniformerv2, videomae  # noqa: F401  (registers the names)
+from vfm_lab.models.internvideo import caption_words, tiny_video_text
+from vfm_lab.tasks.classify import classify, open_classifier, reading
 from vfm_lab.tasks.features import load_features
+from vfm_lab.tasks.retrieval import Towers, open_towers, save_towers, word_tokenizer
 from vfm_lab.train.loop import sharded
 from vfm_lab.train.resume import checkpoints
 
@@ -51,12 +55,18 @@ def command(*args, processes=0):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def run(monkeypatch, *words):
-    "The same in this process."
+def leave(monkeypatch, *words):
+    "The same in this process, and what it leaves with: 0, 1, or the message of a mistake."
     monkeypatch.setattr(sys, "argv", ["vfm_lab", *map(str, words)])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as caught: cli.main()
-    assert not caught.value.code, caught.value.code
+    return caught.value.code
+
+
+def run(monkeypatch, *words):
+    "The same, where it must go well."
+    code = leave(monkeypatch, *words)
+    assert not code, code
 
 
 def history(folder): return json.loads((Path(folder) / "history.json").read_text())
@@ -70,8 +80,8 @@ def test_recipe(file, tmp_path):
     kind, text = kind_of(file), file.read_text()
     recipe = recipes.read_recipe(file, kind)
     with torch.device("meta"): model = timm.create_model(recipe.model, **recipe.model_args, **({"num_classes": recipe.classes} if kind is recipes.Finetune else {}))
-    encoder = getattr(model, "encoder", model)
-    assert encoder.grid[0] * encoder.patch_embed.tubelet == recipe.data.frames and encoder.grid[1] * encoder.patch_embed.patch == recipe.data.size
+    wanted = reading(getattr(model, "encoder", model))
+    assert (wanted.frames, wanted.size) == (recipe.data.frames, recipe.data.size) and ("tiny" in file.stem or recipe.data.stats == wanted.stats)
     config = recipes.train_config(recipe, 100)
     stated = [float(line.rpartition("=")[2].split()[0]) for line in text.splitlines() if line.startswith("#") and "/ 256 =" in line]
     assert abs(config.lr / stated[0] - 1) < 0.005 and (len(stated) == 1 or abs(config.min_lr / stated[1] - 1) < 0.005)
@@ -80,12 +90,15 @@ def test_recipe(file, tmp_path):
 
 
 def test_every_run_has_its_file():
-    assert len([f for f in FILES if "tiny" not in f.stem]) == 27
+    assert len([f for f in FILES if "tiny" not in f.stem]) == 50
     sizes = {"umt_b16_stage1": 88.01, "umt_l16_stage1": 307.81}   # millions, encoder and heads
     for stem, wanted in sizes.items():
         recipe = recipes.read_recipe(ROOT / f"recipes/{stem}.yaml", recipes.PretrainUMT)
         with torch.device("meta"): model = timm.create_model(recipe.model, **recipe.model_args)
         assert abs(sum(p.numel() for p in model.parameters()) / 1e6 - wanted) < 0.01
+    frozen = recipes.read_recipe(ROOT / "recipes/uniformerv2_l14_336_frozen_k400.yaml", recipes.Finetune)
+    with torch.device("meta"): model = recipes.build(frozen)
+    assert abs(sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6 - 50.9) < 0.1
 
 
 BAD = {"schedule: {epoch: 3}": "unknown key 'schedule.epoch'", "sead: 1": "unknown key 'sead'", "data: {frames: 8.5}": "data.frames: expected int",
@@ -113,7 +126,7 @@ def test_options_win_over_the_file():
 
 # the command
 
-@pytest.mark.parametrize("words", [(), ("pretrain",), ("pretrain", "umt"), ("finetune",), ("eval",), ("features",)], ids=" ".join)
+@pytest.mark.parametrize("words", [(), ("pretrain",), ("pretrain", "umt"), ("finetune",), ("eval",), ("features",), ("classify",), ("search",)], ids=" ".join)
 def test_help(words, monkeypatch, capsys):
     run(monkeypatch, *words, "--help")
     assert "usage" in capsys.readouterr().out
@@ -125,7 +138,9 @@ def test_help_is_quick():
 
 
 MISTAKES = [("pretrain", "umt", "--config", "no.yaml"), ("pretrain", "umt", "--config", "recipes/videomae_tiny.yaml"), ("pretrain", "umt", "--teacher", "tiny"),
-            ("eval",), ("features", "--video", "no.mp4", "--weights", "no.pth"), ("pretrain", "umt", "--model", "umt_vit"), ("finetune", "--data.train", "no.csv")]
+            ("eval",), ("features", "--video", "no.mp4", "--weights", "no.pth"), ("pretrain", "umt", "--model", "umt_vit"), ("finetune", "--data.train", "no.csv"),
+            ("classify",), ("classify", "no.mp4", "--weights", "no.pth"), ("classify", "data/clips", "--weights", "data/weights/tiny_clip.safetensors"), ("search", "a star"),
+            ("classify", "data/clips/tour.mp4", "--weights", "no.pth"), ("search", "a star", "--videos", "data/clips", "--weights", "data/weights/tiny_clip.safetensors")]
 
 
 @pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
@@ -271,7 +286,132 @@ def test_three_stages_in_a_row(tmp_path, monkeypatch, capsys):
     close = lambda a, b: (a - b).abs().max() < 0.02                       # two small steps away; another seed starts elsewhere
     assert close(weights("one")["encoder.blocks.1.attn.qkv.weight"], weights("two")["blocks.1.attn.qkv.weight"])
     assert close(weights("two")["blocks.1.attn.qkv.weight"], weights("three")["blocks.1.attn.qkv.weight"])
-    assert json.loads((tmp_path / "three/result.json").read_text())["videos"] == 35
+    assert (first := json.loads((tmp_path / "three/result.json").read_text()))["videos"] == 35
+    go("eval", "--config", tmp_path / "three/config.yaml")                 # a run is tested, and read, by its own config
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == first["top1"]
+    go("features", "--config", tmp_path / "three/config.yaml", "--video", clips / "03_down.mp4", "--out", tmp_path / "f.npz")
+    assert "windows of 1 videos" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, says", [
+    (("finetune", "--config", "recipes/videomae_tiny_post.yaml", "--classes", 6), "sample: holds label 7, but the recipe says 6 classes"),
+    (("finetune", "--config", "recipes/videomae_tiny_post.yaml", "--data.val", "nowhere.csv"), "nowhere.csv: cannot be read"),
+    (("finetune", "--config", "recipes/videomae_tiny.yaml"), "does not take these arguments"),
+    (("eval", "--weights", "one.safetensors", "--weights-from", "videomae_pretrained"), "has no head to test"),
+    (("pretrain", "videomae", "--config", "recipes/videomae_tiny.yaml", "--data.frames", 5), "does not divide into tubelets"),
+])
+def test_said_before_the_first_step(tmp_path, monkeypatch, words, says):
+    out = () if words[0] == "eval" else ("--out", tmp_path / "run")
+    assert says in str(leave(monkeypatch, *words, *out)) and not list(tmp_path.glob("run/step_*"))
+
+
+def test_uniformerv2_from_clip_to_answers(tmp_path, monkeypatch, capsys):
+    "Fine-tuned from the tiny CLIP; its file then says itself what it is and how it wants to see."
+    out, clips = tmp_path / "run", asset("clips")
+    run(monkeypatch, "finetune", "--config", "recipes/uniformerv2_tiny.yaml", "--init", "data/weights/tiny_clip.safetensors", "--out", out, "--steps", 2)
+    assert "loaded 53 of 95" in capsys.readouterr().out
+    started, weights = load_file(ROOT / "data/weights/tiny_clip.safetensors"), load_file(out / "model.safetensors")
+    assert (started["vision.blocks.1.attn.qkv.weight"] - weights["blocks.1.attn.qkv.weight"]).abs().max() < 0.02
+    assert json.loads((out / "result.json").read_text())["videos"] == 35
+    (tmp_path / "names.txt").write_text("\n".join(f"motion {i}" for i in range(8)) + "\n")
+    (tmp_path / "names.json").write_text(json.dumps([f"motion {i}" for i in range(8)]))
+    (tmp_path / "videos").mkdir()
+    shutil.copy(clips / "00_left.mp4", tmp_path / "videos/a.mp4")
+    ask = ("classify", tmp_path / "videos", clips / "moments.mp4", "--weights", out / "model.safetensors", "--top", "3")
+    run(monkeypatch, *ask, "--labels", tmp_path / "names.txt", "--json")
+    said = json.loads(capsys.readouterr().out)
+    assert [Path(a["video"]).name for a in said] == ["a.mp4", "moments.mp4"] and all(n.startswith("motion ") for n, _ in said[0]["classes"])
+    net, how, _ = open_classifier(out / "model.safetensors")
+    assert (how.frames, how.size, how.stats, how.sampling) == (4, 64, "imagenet", "sparse")
+    same = next(classify(net, [tmp_path / "videos/a.mp4"], how, top=3))
+    assert_close([p for _, p in same["classes"]], [p for _, p in said[0]["classes"]])
+    run(monkeypatch, *ask, "--stats", "half", "--clips", "1", "--crops", "1", "--labels", tmp_path / "names.json")
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 8 and table[0].endswith("a.mp4") and table[1].split()[1] == "motion"
+    (tmp_path / "videos/b.mp4").write_bytes(b"nothing")
+    assert leave(monkeypatch, *ask) == 1
+    both = capsys.readouterr()
+    assert "b.mp4" in both.err and both.out.count("class ") == 6
+    (tmp_path / "names.txt").write_text("one\ntwo\n")
+    assert "names.txt: 2 names, the head has 8 classes" in leave(monkeypatch, *ask, "--labels", tmp_path / "names.txt")
+    assert "holds a uniformerv2_base_patch16, not a umt_vit_base_patch16" in leave(monkeypatch, *ask, "--model", "umt_vit_base_patch16")
+    assert "unexpected" in leave(monkeypatch, *ask, "--model-args", "depth", "3")
+    (tmp_path / "videos/b.mp4").unlink()
+    run(monkeypatch, *ask, "--label-map", "first", "--labels", tmp_path / "names.txt")
+    assert {"one", "two"} == {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+
+
+def test_official_files_are_asked(tmp_path, monkeypatch, capsys):
+    "Official layouts of the three systems, each with the statistics and the sampling of its own."
+    torch.manual_seed(0)
+    vit = {"image_size": 32, "patch": 8, "dim": 48, "depth": 2, "heads": 4}
+    umt_model = timm.create_model("umt_vit_base_patch16", num_classes=5, frames=4, drop_path=0.0, head_scale=1.0, **vit).eval()
+    mae_model = timm.create_model("videomae_vit_base_patch16", num_classes=5, frames=4, head_scale=1.0, **vit).eval()
+    uni = {"image_size": 32, "patch": 8, "dim": 48, "depth": 4, "heads": 4, "frames": 4, "global_layers": [2, 3]}
+    official = {f"backbone.{k}": v for k, v in fill(official_uniformerv2(0, 2, 1, False)).items()}
+    cases = {"umt_vit_base_patch16": ({"model": umt_model.state_dict()}, vit | {"frames": 4}, "imagenet", "sparse"),
+             "videomae_vit_base_patch16": ({"module": mae_model.state_dict()}, vit | {"frames": 4}, "imagenet", "dense"),
+             "uniformerv2_base_patch16": ({"model_state": official}, uni, "half", "sparse")}
+    for name, (state, args, stats, sampling) in cases.items():
+        torch.save(state, tmp_path / "w.pth")
+        net, how, _ = open_classifier(tmp_path / "w.pth", name, args)
+        assert (how.stats, how.sampling, how.frames, how.size) == (stats, sampling, 4, 32)
+        if net.__class__.__name__ == "UMTClassifier":
+            with torch.no_grad(): assert_close(net(noise(1, 1, 3, 4, 32, 32)), umt_model(noise(1, 1, 3, 4, 32, 32)))
+        words = [w for k, v in args.items() for w in (k, *(v if isinstance(v, list) else [v]))]
+        run(monkeypatch, "classify", asset("clips/moments.mp4"), "--model", name, "--model-args", *words, "--weights", tmp_path / "w.pth", "--json", "--clips", 2)
+        said = json.loads(capsys.readouterr().out)[0]["classes"]
+        assert abs(sum(p for _, p in said) - 1) < 1e-4
+        assert "it does not say which model it is for" in leave(monkeypatch, "classify", asset("clips/moments.mp4"), "--weights", tmp_path / "w.pth")
+
+
+def test_search(tmp_path, monkeypatch, capsys):
+    "An index is made, kept, renewed where files change, and made anew for other weights."
+    torch.manual_seed(0)
+    weights, index, folder = tmp_path / "tower.safetensors", tmp_path / "i.safetensors", tmp_path / "videos"
+    tiny = Towers(tiny_video_text(frames=4, captions=False), word_tokenizer(caption_words()), 4, 64, "imagenet", 12, len(caption_words()))
+    save_towers(tiny, weights)
+    folder.mkdir()
+    for name in ("00_left", "01_right", "02_up"): shutil.copy(asset(f"clips/{name}.mp4"), folder)
+    ask = ("search", "a red circle moves left", "a star", "--videos", folder, "--weights", weights, "--index", index, "--top", "2")
+    run(monkeypatch, *ask)
+    first = capsys.readouterr().out
+    assert "3 videos: 3 embedded now" in first and first.count(".mp4") == 4
+    run(monkeypatch, *ask)
+    assert "3 videos: 0 embedded now" in (again := capsys.readouterr().out) and again.splitlines()[1:] == first.splitlines()[1:]
+    shutil.copy(asset("clips/tour.mp4"), folder / "02_up.mp4")
+    (folder / "bad.mp4").write_bytes(b"nothing")
+    assert leave(monkeypatch, *ask, "--json") == 1
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert "bad.mp4" in said.err and [a.get("text") for a in found] == ["a red circle moves left", "a star", None] and len(found[0]["videos"]) == 2
+    (folder / "bad.mp4").unlink()
+    run(monkeypatch, *ask)
+    assert "0 embedded now" in capsys.readouterr().out
+    save_towers(tiny, weights)                                       # another file, another time
+    run(monkeypatch, *ask)
+    assert "3 videos: 3 embedded now" in capsys.readouterr().out
+    for words, message in ((("search", "a red car", *ask[3:]), "cannot read 'a red car'"), ((*ask, "--index", folder / "00_left.mp4"), "not an index"),
+                           ((*ask, "--tokenizer", tmp_path / "no.json"), "no.json: not a tokenizer"), (("search", "a star", *ask[3:], "--tokenizer", "data/weights/tiny_clip_tokenizer.json"), "another model")):
+        assert message in leave(monkeypatch, *words)
+    with safe_open(index, "pt") as f: vectors = f.get_tensor("vectors")
+    assert_close(vectors.norm(dim=1), torch.ones(3))
+
+
+def test_search_with_an_official_file(tmp_path, monkeypatch, capsys):
+    "InternVideo's layout, CLIP's statistics and eight frames; the tokenizer comes from outside."
+    state = {f"clip.{k}": v for k, v in fill(official_multimodal(dim=64, width=64)).items()}
+    torch.save({"state_dict": state}, tmp_path / "mm.ckpt")
+    word_tokenizer([f"w{i}" for i in range(100)]).save(str(tmp_path / "t.json"))
+    towers = open_towers(tmp_path / "mm.ckpt", tmp_path / "t.json")
+    assert (towers.stats, towers.frames, towers.size, towers.context, towers.vocab) == ("clip", 8, 32, 12, 100)
+    ask = ("search", "w5 w7", "--videos", asset("clips/tour.mp4"), asset("clips/moments.mp4"), "--weights", tmp_path / "mm.ckpt", "--index", tmp_path / "i.safetensors")
+    run(monkeypatch, *ask, "--tokenizer", tmp_path / "t.json")
+    assert capsys.readouterr().out.count(".mp4") == 2
+    assert "brings no tokenizer" in leave(monkeypatch, *ask)
+    for key in ("clip.ln_final.weight", "clip.visual.conv1.weight"):
+        torch.save({"state_dict": {k: v for k, v in state.items() if k != key}}, tmp_path / "mm.ckpt")
+        assert key.removeprefix("clip.").replace("ln_final", "text.norm") in leave(monkeypatch, *ask, "--tokenizer", tmp_path / "t.json")
 
 
 @shards

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Argument', 'Source', 'COMMANDS', 'Data', 'Schedule', 'Machine', 'Recipe', 'PretrainUMT', 'PretrainVideoMAE',
            'Finetune', 'Evaluate', 'Features', 'read_recipe', 'write_recipe', 'train_config', 'dataset', 'train_loader',
-           'build', 'teacher', 'load_classifier', 'first_process', 'claim_folder', 'run', 'pretrain', 'finetune',
-           'evaluate', 'features']
+           'check_labels', 'build', 'teacher', 'load_classifier', 'first_process', 'claim_folder', 'run', 'pretrain',
+           'finetune', 'evaluate', 'features']
 
-# %% ../nbs/05_recipes.ipynb #55297c36
+# %% ../nbs/05_recipes.ipynb #8125eea9
 import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -27,7 +27,7 @@ if TYPE_CHECKING:   # imported where they are needed, so that `vfm_lab --help` i
     from vfm_lab.data.datasets import Loader, VideoDataset, VideoShards
     from vfm_lab.train.loop import TrainConfig
 
-# %% ../nbs/05_recipes.ipynb #8b3f53e2
+# %% ../nbs/05_recipes.ipynb #0863a399
 @dataclass
 class Data:
     "Which clips, and what happens to them on the way to the model."
@@ -42,6 +42,7 @@ class Data:
     flip: bool = True                                      # mirror half of the clips
     rand_augment: str | None = None                        # policy in timm's notation
     erase: float = 0.0                                     # chance of random erasing
+    stats: Literal["imagenet", "half", "clip"] = "imagenet"  # mean and std: ImageNet's; 0.45 and 0.225 (UniFormerV2); CLIP's
     views: int = 1                                         # clips made of each decoded video (official name: num_sample)
     on_error: Literal["raise", "skip"] = "raise"           # what to do about a video that cannot be read
     workers: int = 0                                       # processes that decode, for each training process
@@ -74,15 +75,15 @@ class Machine:
     save_every: int = 0                                # steps between checkpoints; 0: only at the end
     keep: int = 2                                      # checkpoints to keep
 
-# %% ../nbs/05_recipes.ipynb #2e8033e2
-Argument = int | float | bool | str | None   # of a model
+# %% ../nbs/05_recipes.ipynb #3169eb6c
+Argument = int | float | bool | str | list[int] | None   # of a model
 
 @dataclass
 class Recipe:
     "What all training runs have."
     out: str = "runs/run"                             # folder of the run: config.yaml, checkpoints, weights, curves
     seed: int = 0                                     # start of the weights, order, augmentation, masks
-    steps: int | None = None                          # stop after so many steps: the schedule is shortened to them
+    steps: int | None = None                          # at most so many steps: the schedule is shortened to them
     model: str = ""                                   # a registered name
     model_args: dict[str, Argument] = field(default_factory=dict)  # arguments other than the registered ones
     data: Data = field(default_factory=Data)
@@ -106,8 +107,8 @@ class PretrainVideoMAE(Recipe):
     "VideoMAE and V2: paint hidden tubes. Masks and decoder are arguments of the model."
     model: str = "videomae_pretrain_vit_base_patch16"                    # encoder and decoder
 
-# %% ../nbs/05_recipes.ipynb #5964816a
-Source = Literal["umt_stage1", "umt_finetuned", "videomae_pretrained", "videomae_finetuned", "same"]
+# %% ../nbs/05_recipes.ipynb #d3b9ec6f
+Source = Literal["umt_stage1", "umt_finetuned", "videomae_pretrained", "videomae_finetuned", "clip", "uniformerv2_finetuned", "same"]
 
 @dataclass
 class Finetune(Recipe):
@@ -157,7 +158,7 @@ class Features:
     batch: int = 8                               # windows at a time
     precision: Literal["no", "bf16"] = "no"      # 32 bits, or autocast
 
-# %% ../nbs/05_recipes.ipynb #cc33656b
+# %% ../nbs/05_recipes.ipynb #22d99f27
 def _typed(value: Any, kind: Any, where: str) -> Any:
     "The value as its field wants it; raises `ValueError` naming the key."
     origin, options = get_origin(kind), get_args(kind)
@@ -174,6 +175,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     elif origin is Literal and value in options: return value
     elif origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(options):
         return tuple(_typed(v, o, where) for v, o in zip(value, options))
+    elif origin is list and isinstance(value, list): return [_typed(v, options[0], where) for v in value]
     elif origin is dict and isinstance(value, dict): return {k: _typed(v, options[1], f"{where}.{k}") for k, v in value.items()}
     elif kind is float and not isinstance(value, bool):
         try: return float(value)
@@ -183,15 +185,18 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 
 def _words(kind): return " or ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
 
-# %% ../nbs/05_recipes.ipynb #42dc11aa
+# %% ../nbs/05_recipes.ipynb #effc0009
 def read_recipe(
     file: str | Path,  # a YAML file
     kind: type,        # `PretrainUMT`, `PretrainVideoMAE`, `Finetune`, `Evaluate` or `Features`
 ) -> Any:              # of that kind
-    "A recipe from a file; raises `ValueError` naming file and key for anything that does not fit."
+    "A recipe from a file, or the test of a fine-tuning run from the run's config.yaml; raises `ValueError` naming file and key for anything that does not fit."
     try: values = yaml.safe_load(Path(file).read_text())
     except OSError as e: raise ValueError(f"{file}: cannot be read ({e.strerror})") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f"{file}: not YAML ({str(e).splitlines()[0]})") from e
+    if kind in (Evaluate, Features) and isinstance(values, dict) and "schedule" in values:   # of a fine-tuning run: look at what it left
+        shared = {f.name for f in fields(kind)} - {"out", "label_map"}
+        values = {"weights": str(Path(file).parent / "model.safetensors")} | {k: v for k, v in values.items() if k in shared}
     try: return _typed(values or {}, kind, "")
     except ValueError as e: raise ValueError(f"{file}: {e}") from None
 
@@ -238,19 +243,17 @@ def dataset(
     if Path(place).is_dir(): return VideoFolder(place, **options)
     return VideoManifest(place, data.root, **options)
 
-# %% ../nbs/05_recipes.ipynb #2858b87b
+# %% ../nbs/05_recipes.ipynb #5efc4793
 def _views(data, train, clips=1, crops=1):
     "Sampler, transform and what else a dataset of this recipe is made with."
     from vfm_lab.data.reader import dense_indices, span_indices, sparse_indices
     from vfm_lab.data.transforms import train_transform
-    from vfm_lab.tasks.finetune import eval_views
+    from vfm_lab.tasks.classify import Reading
+    if not train: return Reading(data.frames, data.size, data.stats, data.sampling, data.stride).views(clips, crops)
     pace = {} if data.sampling == "sparse" else {"stride": data.stride}
     at = partial({"sparse": sparse_indices, "dense": dense_indices, "span": span_indices}[data.sampling], frames=data.frames, **pace)
-    if train:
-        transform = train_transform(data.size, crop=data.crop, flip=data.flip, rand_augment=data.rand_augment, erase=data.erase)
-        return dict(sampler=at, transform=transform, views=data.views, on_error=data.on_error)
-    one = sparse_indices if data.sampling == "sparse" else partial(dense_indices, stride=data.stride)
-    return eval_views(data.size, frames=data.frames, clips=clips, crops=crops, sampler=one)
+    transform = train_transform(data.size, stats=data.stats, crop=data.crop, flip=data.flip, rand_augment=data.rand_augment, erase=data.erase)
+    return dict(sampler=at, transform=transform, views=data.views, on_error=data.on_error)
 
 # %% ../nbs/05_recipes.ipynb #6d724e1a
 def train_loader(
@@ -263,19 +266,30 @@ def train_loader(
     if data.train.endswith(".json"): return VideoShards(data.train, batch, workers=data.workers, seed=recipe.seed, **_views(data, True))
     return make_loader(dataset(data), batch, shuffle=True, workers=data.workers, seed=recipe.seed, drop_last=True)
 
-# %% ../nbs/05_recipes.ipynb #1336fee6
+# %% ../nbs/05_recipes.ipynb #1df22ee7
+def check_labels(
+    recipe: "Finetune | Evaluate",   # names lists and the number of classes
+) -> None:                           # raises `ValueError` naming list and label
+    "Read the lists of videos of a recipe; labels are 0 to K-1. Shards are not read."
+    for place, train in ((getattr(recipe.data, part), part == "train") for part in (("train", "val") if isinstance(recipe, Finetune) else ("val",))):
+        if not place or place.endswith(".json"): continue
+        highest = max(item["label"] for item in dataset(recipe.data, train).items)
+        if highest >= recipe.classes: raise ValueError(f"{place}: holds label {highest}, but the recipe says {recipe.classes} classes (0 to {recipe.classes - 1})")
+
+# %% ../nbs/05_recipes.ipynb #c27927ae
 def build(
     recipe: Recipe | Evaluate | Features,  # names model and arguments
 ) -> "nn.Module":               # for `fit`, or a classifier for `Finetune` and `Evaluate`
     "The module of a recipe, with its first weights."
     import timm
-    from vfm_lab.models import umt, videomae   # registers the names
+    from vfm_lab.models import umt, uniformerv2, videomae   # registers the names
     from vfm_lab.nn.vit import VideoClassifier
     args = dict(recipe.model_args) | ({"num_classes": recipe.classes} if hasattr(recipe, "classes") else {})
-    if not timm.is_model(recipe.model): raise ValueError(f"no model is named {recipe.model!r}; there are {', '.join(timm.list_models(['*umt*', '*videomae*']))}")
-    model = timm.create_model(recipe.model, **args)
-    wanted = {PretrainUMT: umt.UMTStudent, PretrainVideoMAE: videomae.VideoMAE}.get(type(recipe), VideoClassifier)
-    if not isinstance(model, wanted): raise ValueError(f"model {recipe.model!r} is a {type(model).__name__}, this recipe needs a {wanted.__name__}")
+    if not timm.is_model(recipe.model): raise ValueError(f"no model is named {recipe.model!r}; there are {', '.join(timm.list_models(['umt*', 'uniformerv2*', 'videomae*']))}")
+    try: model = timm.create_model(recipe.model, **args)
+    except TypeError as e: raise ValueError(f"model {recipe.model!r} does not take these arguments: {e}") from None
+    wanted = {PretrainUMT: (umt.UMTStudent,), PretrainVideoMAE: (videomae.VideoMAE,), Features: (VideoClassifier,)}.get(type(recipe), (VideoClassifier, uniformerv2.UniFormerV2))
+    if not isinstance(model, wanted): raise ValueError(f"model {recipe.model!r} is a {type(model).__name__}, this recipe needs a {' or '.join(c.__name__ for c in wanted)}")
     return umt.UMT(model, teacher(recipe), recipe.mask_ratio, recipe.masking, recipe.loss) if isinstance(recipe, PretrainUMT) else model
 
 def teacher(
@@ -290,7 +304,7 @@ def teacher(
         load_weights(tower, recipe.teacher_weights, lambda s: resize_grid(vision_from_openai(s), recipe.teacher_size, tower.patch_embed.patch))
     return tower
 
-# %% ../nbs/05_recipes.ipynb #a76cd22a
+# %% ../nbs/05_recipes.ipynb #697006d5
 def load_classifier(
     model: "nn.Module",      # a classifier, is filled
     file: str,               # weight file
@@ -299,21 +313,25 @@ def load_classifier(
     fresh_head: bool,        # a head of another size may stay at its random start
 ) -> str:                    # report: what became of every key
     "Fill a classifier from an official or own file; raises `CheckpointError` for keys that do not fit."
-    from vfm_lab.models import umt, videomae
+    from vfm_lab.models import umt, uniformerv2, videomae
     from vfm_lab.models.checkpoints import CheckpointError, load_weights, read_weights
-    from vfm_lab.models.videomae import read_label_map
-    rows = range(model.num_classes) if label_map == "first" else None if label_map is None else read_label_map(label_map)
-    maps = {"umt_stage1": umt.classifier_from_stage1, "umt_finetuned": partial(umt.classifier_from_finetuned, classes=rows),
-            "videomae_pretrained": videomae.classifier_from_pretrained, "videomae_finetuned": partial(videomae.classifier_from_finetuned, label_map=rows),
-            "same": partial(umt.classifier_from_finetuned, classes=rows)}
+    from vfm_lab.tasks.classify import finetuned_state
+    rows = range(model.num_classes) if label_map == "first" else None if label_map is None else videomae.read_label_map(label_map)
+    starts = {"umt_stage1": (umt.classifier_from_stage1, umt.FRESH), "videomae_pretrained": (videomae.classifier_from_pretrained, videomae.FRESH), "clip": (partial(_from_clip, frames=model.patch_embed.proj.weight.shape[2]), uniformerv2.FRESH)}
+    convert, fresh = starts.get(kind, (partial(finetuned_state, rows=rows), ()))   # a fine-tuned classifier is known by its keys
     given = read_weights(file)
     try:
-        state = maps[kind](given)
-        fresh = umt.FRESH if kind in ("umt_stage1", "videomae_pretrained") else ()
+        state = convert(given)
         if fresh_head and "head.weight" in state and len(state["head.weight"]) != model.num_classes:
             state, fresh = {k: None if k.startswith("head.") else v for k, v in state.items()}, (r"head\.",)
         return str(load_weights(model, given, lambda _: state, fresh=fresh))
     except CheckpointError as e: raise CheckpointError(f"{file}: {e}") from None
+
+def _from_clip(state, frames):
+    "UniFormerV2's start from a CLIP: its image tower, or both towers in one of our files."
+    from vfm_lab.models.uniformerv2 import from_clip
+    ours = {k.removeprefix("vision."): v for k, v in state.items() if k.startswith("vision.")}
+    return from_clip(ours or state, frames)
 
 # %% ../nbs/05_recipes.ipynb #eba70ec8
 def first_process() -> bool:
@@ -342,7 +360,7 @@ def _numbers(values, before=""):
         elif f"{before}{key}" not in free and before != "machine.": flat[f"{before}{key}"] = v
     return flat
 
-# %% ../nbs/05_recipes.ipynb #d0e98035
+# %% ../nbs/05_recipes.ipynb #31b83db1
 def run(
     recipe: Recipe,              # of a training run
     model: "nn.Module",          # is trained
@@ -361,7 +379,8 @@ def run(
     history = fit(model, loader, train_config(recipe, math.ceil(len(loader) / recipe.machine.accumulate)), callbacks=[ProgressBar(), *callbacks])
     if first_process():
         weights = read_weights(checkpoints(recipe.out)[-1] / "model.safetensors")   # whole, also after a sharded run
-        config = {"model": recipe.model} | getattr(model.get_submodule(part), "config", {})
+        seen = {k: getattr(recipe.data, k) for k in ("stats", "sampling", "stride")}   # who uses the weights must feed them alike
+        config = {"model": recipe.model} | getattr(model.get_submodule(part), "config", {}) | {"input": seen}
         save_file({k.removeprefix(part).removeprefix("."): v for k, v in weights.items() if k.startswith(part)},
                   Path(recipe.out) / "model.safetensors", {"config": json.dumps(config)})
         (Path(recipe.out) / "history.json").write_text(json.dumps(history))
@@ -377,18 +396,18 @@ def pretrain(
     torch.manual_seed(recipe.seed)
     return run(recipe, build(recipe), "student" if isinstance(recipe, PretrainUMT) else "")
 
-# %% ../nbs/05_recipes.ipynb #02b25bf0
+# %% ../nbs/05_recipes.ipynb #187ca736
 def finetune(
     recipe: Finetune,  # all numbers
 ) -> dict:             # "loss", and "top1", "top5", "interval", "videos" if `data.val` is set
     "Supervised training; leaves a classifier, and result.json, in the folder of the run."
     import torch
     from vfm_lab.tasks.finetune import FineTune
+    check_labels(recipe)
     torch.manual_seed(recipe.seed)
-    model = build(recipe)
-    if recipe.init:
-        report = load_classifier(model, recipe.init, recipe.init_from, recipe.label_map, fresh_head=recipe.label_map is None)
-        if first_process(): print(report)
+    model, report = build(recipe), "no init: training from nothing"
+    if recipe.init: report = load_classifier(model, recipe.init, recipe.init_from, recipe.label_map, fresh_head=recipe.label_map is None)
+    if first_process(): print(report)
     history = run(recipe, FineTune(model, recipe.classes, mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing), "model")
     result = {"loss": history["loss"][-1]}
     if recipe.data.val:
@@ -397,7 +416,7 @@ def finetune(
                                     test_clips=recipe.test_clips, test_crops=recipe.test_crops, precision=half, out=f"{recipe.out}/result.json"))
     return result
 
-# %% ../nbs/05_recipes.ipynb #1fcbcb98
+# %% ../nbs/05_recipes.ipynb #6c7f1378
 def evaluate(
     recipe: Evaluate,  # all numbers
 ) -> dict:             # "top1", "top5", "interval" (95 %), "videos"
@@ -407,6 +426,8 @@ def evaluate(
     from vfm_lab.data.datasets import make_loader
     from vfm_lab.tasks.finetune import evaluate as measure
     if not recipe.weights: raise ValueError("weights is empty: name the file to test")
+    if recipe.weights_from in ("umt_stage1", "videomae_pretrained", "clip"): raise ValueError(f"{recipe.weights}: a file of kind {recipe.weights_from!r} has no head to test; fine-tune first")
+    check_labels(recipe)
     model = build(recipe)
     report = load_classifier(model, recipe.weights, recipe.weights_from, recipe.label_map, fresh_head=False)
     videos, here = dataset(recipe.data, False, recipe.test_clips, recipe.test_crops), PartialState(cpu=not torch.accelerator.is_available())
@@ -418,13 +439,14 @@ def evaluate(
     if recipe.out and first_process(): Path(recipe.out).write_text(json.dumps(result | {"recipe": asdict(recipe), "weights": report}, indent=1))
     return result
 
-# %% ../nbs/05_recipes.ipynb #5fcbed41
+# %% ../nbs/05_recipes.ipynb #48a21454
 def features(
     recipe: Features,  # all settings
 ) -> dict[str, int]:   # video name → number of windows
     "Write the features of one video, or of all videos of a manifest, to one file; raises `ValueError` without weights or video."
     import torch
     from vfm_lab.data.datasets import read_manifest
+    from vfm_lab.tasks.classify import reading
     from vfm_lab.tasks.features import extract_features, save_features
     if not recipe.weights or not recipe.video: raise ValueError("features needs --weights and --video")
     if Path(recipe.out).suffix not in (".safetensors", ".npz"): raise ValueError(f"{recipe.out}: features are written to .safetensors or .npz")
@@ -434,8 +456,8 @@ def features(
     model.to(device).eval()
     lists = Path(recipe.video).suffix.lower() in (".csv", ".txt", ".tsv")
     paths = [row["path"] for row in read_manifest(recipe.video)] if lists else [recipe.video]
-    frames, size = model.grid[0] * model.patch_embed.tubelet, model.grid[1] * model.patch_embed.patch
-    options = dict(window=recipe.window, stride=recipe.stride, frames=frames, size=size, preprocess=recipe.preprocess, batch=recipe.batch, device=device)
+    how = reading(model)
+    options = dict(window=recipe.window, stride=recipe.stride, frames=how.frames, size=how.size, preprocess=recipe.preprocess, batch=recipe.batch, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         found = {path: extract_features(model.pool, path, **options) for path in paths}
     save_features(found, recipe.out, asdict(recipe))

@@ -7,7 +7,7 @@ __all__ = ['STATS', 'Box', 'CROPS', 'to_clip', 'normalize', 'denormalize', 'crop
            'random_flip', 'rand_augment', 'random_erase', 'train_transform', 'resize_short', 'view_boxes',
            'eval_transform', 'mixup']
 
-# %% ../../nbs/data/20_transforms.ipynb #f4a00fe9
+# %% ../../nbs/data/20_transforms.ipynb #010c6f8b
 import math
 import random
 from collections.abc import Callable
@@ -228,7 +228,7 @@ def eval_transform(
     _stats(stats, torch.empty(0))
     return partial(_views, size=size, stats=stats, crops=crops)
 
-# %% ../../nbs/data/20_transforms.ipynb #900cb7be
+# %% ../../nbs/data/20_transforms.ipynb #aafdcd7c
 def mixup(
     clip: torch.Tensor,     # (B, 3, T, H, W), B even
     label: torch.Tensor,    # (B,) class index
@@ -239,7 +239,7 @@ def mixup(
     generator: torch.Generator | None = None,  # None: torch's global generator
 ) -> tuple[torch.Tensor, torch.Tensor]:        # clips (B, 3, T, H, W); targets (B, K), rows sum to 1
     "Blend a batch with its own reverse by mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899), even odds; raises on odd batches."
-    if len(clip) % 2: raise ValueError(f"mixup pairs clips, so the batch must be even, got {len(clip)}")
+    if len(clip) % 2: raise ValueError(f"mixup pairs clips, so the batch must be even, got {len(clip)}: load with drop_last=True, or switch mixing off")
     mix = Mixup(alpha, cutmix, label_smoothing=smoothing, num_classes=classes)
     with _seeded(generator): x, target = mix(clip.flatten(1, 2).clone(), label)  # (B, 3·T, H, W)
     return x.view_as(clip), target

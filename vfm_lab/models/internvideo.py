@@ -455,7 +455,7 @@ def decoder_from_official(
         state |= dict(zip((f"{at}attn.q.weight", f"{at}attn.kv.weight", f"{at}mlp.fc1.weight"), w.split([q, len(w) - q - mlp, mlp])))
     return state
 
-# %% ../../nbs/models/50_internvideo.ipynb #823f0a93
+# %% ../../nbs/models/50_internvideo.ipynb #e4d8038e
 def from_official(
     state: State,  # official file: `clip.*`, and maybe a caption decoder under any prefix
 ) -> State:        # for `VideoText`
@@ -478,6 +478,7 @@ def load_official(
 ) -> tuple[VideoText, LoadReport]:  # in evaluation mode; what happened to every key
     "Build the tower that fits an official file and fill it; raises `CheckpointError` if a key is missing or does not fit."
     state = read_weights(path)
-    try: model = VideoText(**sizes_from_official(state, heads, text_heads))
+    try:
+        model = VideoText(**sizes_from_official(state, heads, text_heads))
+        return model.eval(), load_weights(model, state, from_official)
     except KeyError as e: raise CheckpointError(f"{path}: no {e} here: not a multimodal file of InternVideo") from e
-    return model.eval(), load_weights(model, state, from_official)

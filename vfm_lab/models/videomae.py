@@ -87,7 +87,7 @@ class MaskedAutoencoder(nn.Module):
         pos, token = self.pos.to(x.dtype), self.mask_token.to(x.dtype)
         return self.decoder(torch.cat([x + pos[visible], token + pos[wanted]], 1), wanted.shape[1])
 
-# %% ../../nbs/models/30_videomae.ipynb #83f7b46e
+# %% ../../nbs/models/30_videomae.ipynb #c61eb967
 class VideoMAE(MaskedAutoencoder):
     "Pre-training: encode a tenth of the tubes, decode a part of what is hidden, compare pixels (VideoMAE V2 §3)."
     def __init__(
@@ -111,8 +111,9 @@ class VideoMAE(MaskedAutoencoder):
     ) -> Tensor:               # scalar
         "Reconstruction loss under given masks."
         wanted = visible_indices(decoder_mask)
+        prediction = self.predict(clip, mask, decoder_mask)
         target = pixel_target(clip, self.patch, self.tubelet, self.stats, wanted)
-        return reconstruction_loss(self.predict(clip, mask, decoder_mask), target, mask.gather(1, wanted))
+        return reconstruction_loss(prediction, target, mask.gather(1, wanted))
 
     def forward(
         self,
@@ -220,12 +221,13 @@ def classifier_from_pretrained(
 
 FRESH = (r"fc_norm\.", r"head\.")  # what fine-tuning starts from scratch
 
-# %% ../../nbs/models/30_videomae.ipynb #36228a06
+# %% ../../nbs/models/30_videomae.ipynb #a633d2b6
 def read_label_map(
     source: str | Path | Iterable[int],  # a json file that holds a list of row numbers, or the numbers themselves
 ) -> list[int]:                          # entry k: the row of the wide head that knows class k
     "Rows of a label map; raises `CheckpointError` if they are not distinct whole numbers from 0 on."
-    rows = json.loads(Path(source).read_text()) if isinstance(source, (str, Path)) else list(source)
+    try: rows = json.loads(Path(source).read_text()) if isinstance(source, (str, Path)) else list(source)
+    except (OSError, ValueError) as e: raise CheckpointError(f"label map {source}: cannot be read ({e})") from e
     if not isinstance(rows, list) or not all(isinstance(r, int) and r >= 0 for r in rows) or len(set(rows)) != len(rows):
         raise CheckpointError("a label map is a list of distinct row numbers, 0 or more")
     return rows

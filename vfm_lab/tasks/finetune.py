@@ -66,7 +66,7 @@ def eval_views(
     return dict(sampler=partial(view_indices, frames=frames, views=clips, sampler=sampler),
                 transform=eval_transform(size, stats=stats, crops=crops))
 
-# %% ../../nbs/tasks/10_finetune.ipynb #26986a6e
+# %% ../../nbs/tasks/10_finetune.ipynb #60344418
 @torch.no_grad()
 def evaluate(
     model: nn.Module,         # clips (B, 3, T, H, W) → scores (B, K)
@@ -74,12 +74,14 @@ def evaluate(
     num_classes: int,         # K
     views: int = 1,           # V, clips · crops
 ) -> dict:                    # top1, top5, interval (low, high) of top1, videos (count), confusion (K, K)
-    "Test a classifier: mean of the probabilities over the views of each video, then the metrics."
+    "Test a classifier: mean of the probabilities over the views of each video, then the metrics. Raises `ValueError` for views that `views` does not count."
     training, device = model.training, next(model.parameters()).device
     metrics = recognition_metrics(num_classes).to(device)
     model.eval()
     try:
         for batch in batches:
+            video = batch.get("index")
+            if views == 1 and video is not None and (video[1:] == video[:-1]).any(): raise ValueError("several views of one video stand side by side: say how many with `views`")
             scores = model(batch["clip"].to(device))                                  # (B·V, K)
             p = scores.float().softmax(-1).unflatten(0, (-1, views)).mean(1)          # (B, K)
             metrics.update(p, batch["label"][::views].to(device))
