@@ -123,7 +123,7 @@ def convert(path):
         else:
             tags = [tag for pattern, tag in TAGS.items() if re.search(rf"^#\| *{pattern}", source, re.M)]
             cell["metadata"] = {"tags": tags} if tags else {}
-            cell["outputs"] = [{"metadata": {}, **shown(o)} if "data" in o else o for o in cell["outputs"]]
+            cell["outputs"] = [{"metadata": {}, **shown(o, os.path.relpath("_static/plotly.min.js", folder or "."))} if "data" in o else o for o in cell["outputs"]]
             source = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")
         if source: cells.append({**cell, "source": source})
     if name == "index.ipynb": cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents()})

@@ -1,7 +1,9 @@
 """Sphinx settings; docs/build.py copies this file beside the converted notebooks."""
 import importlib
 import os
+from pathlib import Path
 
+import plotly
 from docutils import nodes
 from nbdev.config import get_config
 
@@ -17,7 +19,8 @@ suppress_warnings = ["myst.header", "mystnb.unknown_mime_type", "misc.highlighti
 html_theme = "furo"
 html_title = cfg.title
 html_favicon = str(cfg.config_path/"docs/favicon.svg")
-html_static_path = [str(cfg.config_path/"docs/vendor/tex-svg-full.js"), str(cfg.config_path/"docs/site.css")]
+html_static_path = [str(cfg.config_path/"docs/vendor/tex-svg-full.js"), str(cfg.config_path/"docs/site.css"),
+                    str(Path(plotly.__file__).parent/"package_data/plotly.min.js")]
 html_css_files = ["site.css"]
 # a page opened as a file may not fetch other pages: the search then shows titles without summaries
 html_js_files = [(None, {"body": "if (location.protocol === 'file:') DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false"})]

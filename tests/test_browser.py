@@ -310,3 +310,17 @@ def test_running_cell_explorer_every_control(lab, page):
     explorer.changes(lambda: explorer.control("a").select_option("random"), "random decoder mask")
     shoot(tab, "running-cell")
     tab.close()
+
+def test_fusion_explorer_every_control(lab, page):
+    "The chapter of the fusion explorer, in a tab of its own: the path and the comparison are redrawn."
+    tab = page.context.browser.new_page(viewport={"width": 1280, "height": 1000})
+    tab.goto(f"{lab.url}/lab/workspaces/fusion/tree/nbs/viz/15_fusion.ipynb?token={lab.token}")
+    tab.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
+    run_all(lab, tab, "viz/15_fusion.ipynb")
+    explorer = Explorer(tab, 0)
+    assert {"a", "b", "blocks", "layer", "frame"} <= set(every_control(explorer))
+    assert explorer.root.locator("figure[data-chart=flow] svg").count() == 2 and explorer.root.locator("section[data-part=clip] figure[data-chart=choices]").count() == 4
+    explorer.changes(lambda: explorer.control("a").select_option("parallel"), "parallel fusion")
+    explorer.says("the matrix U joins the answers")
+    shoot(tab, "fusion")
+    tab.close()

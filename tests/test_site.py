@@ -227,3 +227,15 @@ def test_page_of_a_notebook(browser, tmp_path):
         tab.goto((tmp_path/"one.html").as_uri())
         tab.locator(".vfm-explorer[data-paints]").wait_for(timeout=20_000)
         shoot(tab, "one-file")
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_plotly_is_drawn(browser, served, theme):
+    "The one interactive chart draws itself from the site's own copy of plotly, and says what is under the pointer."
+    with visitor(browser, served) as tab:
+        tab.goto(f"{served}studies/uniformerv2_blocks.html")
+        choose(tab, theme)
+        chart = tab.locator(".js-plotly-plot")
+        chart.locator(".main-svg").first.wait_for(state="attached", timeout=20_000)
+        chart.scroll_into_view_if_needed()
+        assert chart.locator("g.points path").count() > 30
+        shoot(chart, f"plotly-{theme}")

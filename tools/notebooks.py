@@ -17,12 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CFG = get_config(path=ROOT)
 MINUTES = ROOT/"nbs/minutes.json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PLOTLY = "application/vnd.plotly.v1+json"   # needs a script; a still twin stands beside it
 PAGE, PAGES = "application/vnd.vfm-lab.page", ROOT/"docs/pages"   # what an explorer's page must know: too large for a notebook
 MATHJAX = ROOT/"docs/vendor/tex-svg-full.js"
 MATHS = r"window.MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']], processEscapes: true}};"
 REMOTE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")   # a remote badge leaves its words
 WALK = ("index.ipynb", "tour.ipynb", "00_lab.ipynb", "data", "tokens", "nn", "objectives", "models", "train", "adapt", "tasks", "viz",
-        "studies", "10_cli.ipynb", "20_parity.ipynb", "glossary.ipynb", "solutions")
+        "studies", "05_recipes.ipynb", "10_cli.ipynb", "20_parity.ipynb", "glossary.ipynb", "solutions")
 RELATIVE = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
 META = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 
@@ -118,8 +119,11 @@ def run(paths):
     prune()
     return failed
 
-def shown(out):
-    "The output as a page shows it: an explorer that needs no kernel, a GIF as HTML (the makers of pages know only still pictures)."
+def shown(out, plotly=True):
+    "The output as a page shows it: an explorer that needs no kernel, a plotly figure with its script (True: inside; else where it lies), a GIF as HTML (the makers of pages know only still pictures)."
+    if figure := out.get("data", {}).pop(PLOTLY, None):
+        from plotly.io import to_html
+        out["data"]["text/html"] = to_html(figure, full_html=False, include_plotlyjs=plotly, config={"displayModeBar": False}, validate=False)
     if scene := "".join(out.get("data", {}).get(PAGE, "")):
         from vfm_lab.viz.html import fragment
         out["data"] = {"text/html": fragment((PAGES/scene).read_bytes() if scene.endswith(".z") else base64.b64decode(scene))}

@@ -69,7 +69,30 @@ function cell(chart, slot, unit) {  // left: the 2×2 cell of the shown slot; ri
     rect(from + step * slot, TOP - 1.5, step, 4 * side + 2, "none", { class: "vfm-frame" }),
     text(33, 87, "cell"), text(from - 4, 87, unit, "end"), text(from + step * (slot + 0.5), 87, slot, "middle", { class: "vfm-strong" }));
 }
-const CHARTS = { slots: (c, slot, unit) => bars(c, c.values, slot, unit), pairs: (c, slot, unit) => bars(c, c.values[slot], slot, unit), bins, share, cell };
+function choices(chart) {  // a bar per choice and a dot per measurement; what is chosen has a colour
+  const step = (WIDTH - LEFT) / chart.labels.length, height = value => (BASE - TOP) * value / chart.max, means = chart.values.map(v => v.reduce((a, b) => a + b, 0) / v.length);
+  return picture(`${chart.title}: ${chart.labels.map((label, i) => `${label} ${chart.values[i].map(short).join(", ")}`).join("; ")}`, 90, ...axes("0", short(chart.max)),
+    ...means.flatMap((mean, i) => {
+      const x = LEFT + step * (i + 0.5), fill = { a: BLUE, b: ORANGE }[chart.chosen[i]] ?? GREY, many = chart.values[i].length > 1, top = Math.max(...chart.values[i]);
+      return [rect(x - step * 0.36, BASE - height(mean), step * 0.72, height(mean), fill),
+        ...(many ? chart.values[i] : []).map((value, k, all) => svg("circle", { cx: x + step * 0.12 * (k - (all.length - 1) / 2), cy: BASE - height(value), r: 2.2, class: "vfm-dot" })),
+        text(x, BASE - height(top) - 4, short(mean), "middle", { class: "vfm-strong" }), text(x, 87, chart.labels[i])];
+    }));
+}
+const TONES = { blue: BLUE, orange: ORANGE, green: "#009E73", grey: GREY };
+function flow(chart) {  // boxes and arrows; what is on is lit
+  const point = ([x, y]) => `${x} ${y}`, on = thing => thing.on ? { class: "vfm-on" } : { opacity: 0.45 };
+  return picture(chart.text, chart.height,
+    ...chart.arrows.flatMap(arrow => {
+      const tone = TONES[arrow.tone], [[x0, y0], [x, y]] = arrow.path.slice(-2), turn = Math.atan2(y - y0, x - x0) * 180 / Math.PI;
+      return [svg("polyline", { points: arrow.path.map(point).join(" "), fill: "none", stroke: tone, "stroke-width": arrow.on ? 2 : 1.2, ...on(arrow) }),
+        svg("path", { d: "M1 0L-6 -3.5V3.5Z", fill: tone, transform: `translate(${x} ${y}) rotate(${turn})`, ...on(arrow) })];
+    }),
+    ...chart.boxes.flatMap(({ at: [x, y, width, height], words, tone, on: lit }) => [
+      rect(x, y, width, height, TONES[tone], { rx: 4, "fill-opacity": lit ? 0.3 : 0.06, stroke: TONES[tone], "stroke-width": lit ? 2 : 1 }),
+      text(x + width / 2, y + height / 2 + 3.5, words, "middle", lit ? { class: "vfm-strong" } : {})]));
+}
+const CHARTS = { slots: (c, slot, unit) => bars(c, c.values, slot, unit), pairs: (c, slot, unit) => bars(c, c.values[slot], slot, unit), bins, share, cell, choices, flow };
 
 function chart(c, slot, unit) {
   const caption = html("figcaption", {}, c.unit ? `${c.title} (${c.unit})` : c.title);

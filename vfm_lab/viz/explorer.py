@@ -7,7 +7,7 @@ __all__ = ['STRATEGIES', 'OCTAVES', 'draw_mask', 'overlap', 'attention_bins', 'e
            'Panel', 'mask_panel', 'Control', 'Explorer', 'attention_panel', 'MaskExplorer', 'AttentionExplorer',
            'picture', 'gif']
 
-# %% ../../nbs/viz/12_explorer.ipynb #3aa8e493
+# %% ../../nbs/viz/12_explorer.ipynb #d0ed1d50
 import base64
 import io
 import textwrap
@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image as Pillow
@@ -437,7 +437,22 @@ class AttentionExplorer(Explorer):
             return Panel(network, words=[f"{network} has {r.layers} layers of {r.heads} heads."])
         return attention_panel(attention_map(r, layer, head, query), network, query, r.joint)
 
-# %% ../../nbs/viz/12_explorer.ipynb #0c338afe
+# %% ../../nbs/viz/12_explorer.ipynb #39cbf042
+def _flow(ax, chart: dict) -> None:
+    "Boxes and arrows; what is on is strong."
+    tones = dict(blue=OKABE_ITO[0], orange=OKABE_ITO[1], green=OKABE_ITO[2], grey="#8c8c8c")
+    ax.set(xlim=(0, 224), ylim=(chart["height"], 0), xticks=[], yticks=[])
+    ax.axis("off")
+    for arrow in chart["arrows"]:
+        look = dict(color=tones[arrow["tone"]], alpha=1 if arrow["on"] else 0.45, linewidth=1.2 if arrow["on"] else 0.7)
+        ax.plot(*zip(*arrow["path"]), **look)
+        ax.annotate("", arrow["path"][-1], arrow["path"][-2], arrowprops=dict(arrowstyle="-|>", mutation_scale=5, shrinkA=0, shrinkB=0, **look))
+    for box in chart["boxes"]:
+        (x, y, width, height), tone = box["at"], tones[box["tone"]]
+        ax.add_patch(Rectangle((x, y), width, height, facecolor=(*to_rgb(tone), 0.3 if box["on"] else 0.06), edgecolor=tone, linewidth=1.2 if box["on"] else 0.6))
+        ax.text(x + width / 2, y + height / 2, box["words"], ha="center", va="center", fontsize=5.5)
+
+# %% ../../nbs/viz/12_explorer.ipynb #f946062f
 def _plot(ax, chart: dict, slot: int) -> None:
     "One chart of a panel, small."
     kind, gray = chart["kind"], "#bbbbbb"
@@ -456,6 +471,13 @@ def _plot(ax, chart: dict, slot: int) -> None:
     if kind == "share":
         ax.barh([0], [chart["value"]], color=OKABE_ITO[0])
         ax.set(xlim=(0, 1), yticks=[])
+    if kind == "choices":
+        colors = [{"a": OKABE_ITO[0], "b": OKABE_ITO[1]}.get(side, gray) for side in chart["chosen"]]
+        ax.bar(range(len(colors)), [np.mean(v) for v in chart["values"]], color=colors)
+        for i, v in enumerate(chart["values"]): ax.plot(i + np.linspace(-0.15, 0.15, len(v)), v, "o", color="white", markeredgecolor="black", markersize=2.5, markeredgewidth=0.6)
+        ax.set_xticks(range(len(colors)), chart["labels"])
+        ax.set_ylim(0, 1.1 * chart["max"])
+    if kind == "flow": _flow(ax, chart)
     ax.set_title(textwrap.fill(chart["title"], 30), fontsize=7)
     ax.tick_params(labelsize=6)
 
@@ -479,7 +501,7 @@ def _painted(clip: Tensor, stats: str | None, grid: tuple, panel: Panel, overlay
         if overlay != "outline": frames = torch.where(big == 2, (0.5 * frames + 0.5 * torch.tensor([213.0, 94, 0])).byte(), frames)
     return _frame_patch(frames, panel.mark, grid)
 
-# %% ../../nbs/viz/12_explorer.ipynb #13982504
+# %% ../../nbs/viz/12_explorer.ipynb #95401ce8
 def picture(
     explorer: Explorer,  # with the settings to show
 ) -> Figure:             # at most 880 pixels wide
@@ -487,8 +509,9 @@ def picture(
     panels, T, frame = {p: explorer.panel(p) for p in explorer.parts}, explorer.clip.shape[1], explorer.settings["frame"]
     shown = np.linspace(0, T - 1, min(T, 8)).round().astype(int)
     charts = max(len(p.charts[:3]) for p in panels.values())
-    fig, axes = plt.subplots(len(panels), 1 + charts, figsize=(11, 1.25 * len(panels)), dpi=80, squeeze=False, layout="constrained",
-                             width_ratios=[6] + [6 / 4] * charts)
+    height = 1.8 if any(c["kind"] == "flow" for p in panels.values() for c in p.charts) else 1.25
+    fig, axes = plt.subplots(len(panels), 1 + charts, figsize=(11, height * len(panels)), dpi=80, squeeze=False, layout="constrained",
+                             width_ratios=[6 * len(shown) / 8] + [6 / 4] * charts)
     for axs, panel in zip(axes, panels.values()):
         frames = _painted(explorer.clip, explorer.stats, explorer.grid, panel, panel.overlay or explorer.settings.get("overlay", "grey"))[shown]
         W = frames.shape[2]
