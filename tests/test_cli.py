@@ -335,7 +335,7 @@ def test_uniformerv2_from_clip_to_answers(tmp_path, monkeypatch, capsys):
     (tmp_path / "names.txt").write_text("one\ntwo\n")
     assert "names.txt: 2 names, the head has 8 classes" in leave(monkeypatch, *ask, "--labels", tmp_path / "names.txt")
     assert "holds a uniformerv2_base_patch16, not a umt_vit_base_patch16" in leave(monkeypatch, *ask, "--model", "umt_vit_base_patch16")
-    assert "unexpected" in leave(monkeypatch, *ask, "--model-args", "depth", "3")
+    assert "mismatched" in leave(monkeypatch, *ask, "--model-args", "dim", "32")
     (tmp_path / "videos/b.mp4").unlink()
     run(monkeypatch, *ask, "--label-map", "first", "--labels", tmp_path / "names.txt")
     assert {"one", "two"} == {line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}

@@ -276,7 +276,7 @@ def check_labels(
         highest = max(item["label"] for item in dataset(recipe.data, train).items)
         if highest >= recipe.classes: raise ValueError(f"{place}: holds label {highest}, but the recipe says {recipe.classes} classes (0 to {recipe.classes - 1})")
 
-# %% ../nbs/05_recipes.ipynb #c27927ae
+# %% ../nbs/05_recipes.ipynb #c6f9c299
 def build(
     recipe: Recipe | Evaluate | Features,  # names model and arguments
 ) -> "nn.Module":               # for `fit`, or a classifier for `Finetune` and `Evaluate`
@@ -288,8 +288,8 @@ def build(
     if not timm.is_model(recipe.model): raise ValueError(f"no model is named {recipe.model!r}; there are {', '.join(timm.list_models(['umt*', 'uniformerv2*', 'videomae*']))}")
     try: model = timm.create_model(recipe.model, **args)
     except TypeError as e: raise ValueError(f"model {recipe.model!r} does not take these arguments: {e}") from None
-    wanted = {PretrainUMT: (umt.UMTStudent,), PretrainVideoMAE: (videomae.VideoMAE,), Features: (VideoClassifier,)}.get(type(recipe), (VideoClassifier, uniformerv2.UniFormerV2))
-    if not isinstance(model, wanted): raise ValueError(f"model {recipe.model!r} is a {type(model).__name__}, this recipe needs a {' or '.join(c.__name__ for c in wanted)}")
+    wanted = {PretrainUMT: (umt.UMTStudent,), PretrainVideoMAE: (videomae.VideoMAE,)}.get(type(recipe), (VideoClassifier, uniformerv2.UniFormerV2))
+    if not isinstance(model, wanted): raise ValueError(f"model {recipe.model!r} is a {type(model).__name__}, {type(recipe).__name__} needs a {' or '.join(c.__name__ for c in wanted)}")
     return umt.UMT(model, teacher(recipe), recipe.mask_ratio, recipe.masking, recipe.loss) if isinstance(recipe, PretrainUMT) else model
 
 def teacher(
@@ -304,7 +304,7 @@ def teacher(
         load_weights(tower, recipe.teacher_weights, lambda s: resize_grid(vision_from_openai(s), recipe.teacher_size, tower.patch_embed.patch))
     return tower
 
-# %% ../nbs/05_recipes.ipynb #697006d5
+# %% ../nbs/05_recipes.ipynb #665da011
 def load_classifier(
     model: "nn.Module",      # a classifier, is filled
     file: str,               # weight file
@@ -317,7 +317,7 @@ def load_classifier(
     from vfm_lab.models.checkpoints import CheckpointError, load_weights, read_weights
     from vfm_lab.tasks.classify import finetuned_state
     rows = range(model.num_classes) if label_map == "first" else None if label_map is None else videomae.read_label_map(label_map)
-    starts = {"umt_stage1": (umt.classifier_from_stage1, umt.FRESH), "videomae_pretrained": (videomae.classifier_from_pretrained, videomae.FRESH), "clip": (partial(_from_clip, frames=model.patch_embed.proj.weight.shape[2]), uniformerv2.FRESH)}
+    starts = {"umt_stage1": (umt.classifier_from_stage1, umt.FRESH), "videomae_pretrained": (videomae.classifier_from_pretrained, videomae.FRESH), "clip": (partial(uniformerv2.from_clip, frames=model.patch_embed.proj.weight.shape[2]), uniformerv2.FRESH)}
     convert, fresh = starts.get(kind, (partial(finetuned_state, rows=rows), ()))   # a fine-tuned classifier is known by its keys
     given = read_weights(file)
     try:
@@ -326,12 +326,6 @@ def load_classifier(
             state, fresh = {k: None if k.startswith("head.") else v for k, v in state.items()}, (r"head\.",)
         return str(load_weights(model, given, lambda _: state, fresh=fresh))
     except CheckpointError as e: raise CheckpointError(f"{file}: {e}") from None
-
-def _from_clip(state, frames):
-    "UniFormerV2's start from a CLIP: its image tower, or both towers in one of our files."
-    from vfm_lab.models.uniformerv2 import from_clip
-    ours = {k.removeprefix("vision."): v for k, v in state.items() if k.startswith("vision.")}
-    return from_clip(ours or state, frames)
 
 # %% ../nbs/05_recipes.ipynb #eba70ec8
 def first_process() -> bool:
@@ -439,7 +433,7 @@ def evaluate(
     if recipe.out and first_process(): Path(recipe.out).write_text(json.dumps(result | {"recipe": asdict(recipe), "weights": report}, indent=1))
     return result
 
-# %% ../nbs/05_recipes.ipynb #48a21454
+# %% ../nbs/05_recipes.ipynb #a759c4f6
 def features(
     recipe: Features,  # all settings
 ) -> dict[str, int]:   # video name → number of windows
@@ -457,7 +451,7 @@ def features(
     lists = Path(recipe.video).suffix.lower() in (".csv", ".txt", ".tsv")
     paths = [row["path"] for row in read_manifest(recipe.video)] if lists else [recipe.video]
     how = reading(model)
-    options = dict(window=recipe.window, stride=recipe.stride, frames=how.frames, size=how.size, preprocess=recipe.preprocess, batch=recipe.batch, device=device)
+    options = dict(window=recipe.window, stride=recipe.stride, frames=how.frames, size=how.size, preprocess=recipe.preprocess, stats=how.stats, batch=recipe.batch, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         found = {path: extract_features(model.pool, path, **options) for path in paths}
     save_features(found, recipe.out, asdict(recipe))

@@ -221,7 +221,7 @@ class MotionStem(nn.Module):
         "Embed every second frame."
         return self.proj(clip).flatten(2).transpose(1, 2)
 
-# %% ../../nbs/models/40_uniformerv2.ipynb #63872161
+# %% ../../nbs/models/40_uniformerv2.ipynb #676da49e
 class UniFormerV2(nn.Module):
     "A CLIP image tower armed for video: local blocks inside, global blocks beside its last layers (UniFormerV2 §3)."
     def __init__(
@@ -247,6 +247,8 @@ class UniFormerV2(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         if fusion not in FUSIONS: raise ValueError(f"fusion is one of {', '.join(FUSIONS)}; got {fusion!r}")
+        if list(global_layers) != sorted({*global_layers} & {*range(depth)}): raise ValueError(f"global_layers are increasing numbers of blocks from 0 to {depth - 1}, got {tuple(global_layers)}")
+        if frozen and local: raise ValueError("local blocks start as identity, and a frozen backbone would leave them so")
         if local not in (None, "single", "double"): raise ValueError(f'local is None, "single" or "double", got {local!r}')
         self.num_classes, self.image_size, self.global_layers = num_classes, image_size, tuple(global_layers)
         self.patch_embed = MotionStem(dim, patch) if temporal_down else TubeletEmbed(dim, patch, bias=False)
@@ -314,15 +316,16 @@ class UniFormerV2(nn.Module):
         "Scores of the classes."
         return self.head(self.head_drop(self.fc_norm(self.pool(clip))))
 
-# %% ../../nbs/models/40_uniformerv2.ipynb #a55f7a79
+# %% ../../nbs/models/40_uniformerv2.ipynb #2173d84e
 FRESH = (r"fusion\.", r"balance", r"fc_norm\.", r"head\.", r"blocks\.\d+\.local")  # what CLIP does not have
 
 def from_clip(
-    state: State,         # CLIP's image tower: ours, OpenAI's or timm's names; a whole OpenAI CLIP will do
+    state: State,         # CLIP's image tower: ours, OpenAI's or timm's names; a whole CLIP of ours or OpenAI's will do
     frames: int = 1,      # temporal kernel of the stem: 1, or 3 with `temporal_down`
     center: bool = True,  # the image kernel in the middle frame; False: spread evenly
 ) -> State:               # for `UniFormerV2`, to be loaded with `fresh=FRESH`
     "The backbone from an image model: the stem is inflated, the last norm and the projection stay behind."
+    if any(k.startswith("vision.") for k in state): state = {k.removeprefix("vision."): v for k, v in state.items() if k.startswith("vision.")}
     if any(k.endswith("class_embedding") for k in state): state = vision_from_openai(state)
     elif "head.weight" in state: state = vision_from_timm(state)
     stem = state["patch_embed.proj.weight"][:, :, 0]                       # all converters give (D, 3, 1, p, p)

@@ -30,7 +30,7 @@ def window_starts(
     if window < 1 or stride < 1: raise ValueError(f"window and stride are at least 1, got {window} and {stride}")
     return list(range(0, max(length - window, 0) + 1, stride))
 
-# %% ../../nbs/tasks/60_features.ipynb #e72f1a17
+# %% ../../nbs/tasks/60_features.ipynb #2c2c897c
 def squeeze(
     frames: Tensor,  # uint8 (T, H, W, 3)
     size: int,       # pixels
@@ -39,7 +39,7 @@ def squeeze(
     clip = to_clip(frames).transpose(0, 1)   # (T, 3, H, W)
     return F.interpolate(clip, size=(size, size), mode="bilinear", align_corners=False).transpose(0, 1)
 
-PREPROCESS = {"eval": lambda frames, size: eval_transform(size)(frames), "detection": squeeze}
+PREPROCESS = {"eval": lambda frames, size, stats="imagenet": eval_transform(size, stats=stats)(frames), "detection": lambda frames, size, stats=None: squeeze(frames, size)}
 
 # %% ../../nbs/tasks/60_features.ipynb #51da6304
 def windows(
@@ -56,7 +56,7 @@ def windows(
         stretch = read_frames(source, wanted)
         yield torch.stack([stretch[s - some[0]:s - some[0] + window] for s in some])
 
-# %% ../../nbs/tasks/60_features.ipynb #ffafd41d
+# %% ../../nbs/tasks/60_features.ipynb #33a3cf4d
 @torch.no_grad()
 def extract_features(
     encode: Callable[[Tensor], Tensor],  # clips (B, 3, T, size, size) → features (B, D), such as `model.pool`
@@ -66,6 +66,7 @@ def extract_features(
     frames: int | None = None,           # frames of a window that the model sees, T; None: all
     size: int = 224,                     # pixels
     preprocess: str = "eval",            # "eval": as in training; "detection": as VideoMAE V2's script for action detection
+    stats: str = "imagenet",             # statistics of "eval": those that the model was trained with
     batch: int = 8,                      # windows at a time
     device: torch.device | str = "cpu",  # where `encode` works
 ) -> dict[str, Tensor]:                  # "features" (n, D) float; "seconds" (n, 2): start and end; "frames" (n, 2): first, last
@@ -76,7 +77,7 @@ def extract_features(
     picked = torch.from_numpy(np.linspace(0, window - 1, frames or window).round().astype(np.int64))
     out = []
     for some in windows(source, starts, window, batch):
-        clip = torch.stack([PREPROCESS[preprocess](w[picked], size) for w in some])
+        clip = torch.stack([PREPROCESS[preprocess](w[picked], size, stats) for w in some])
         out.append(encode(clip.to(device)).float().cpu())
     first = torch.tensor(starts)
     last = (first + window).clamp(max=info.frames)   # one behind the last frame

@@ -132,7 +132,7 @@ def search(
     found = (texts @ videos.T).topk(min(top, len(videos)), 1)
     return found.values, found.indices
 
-# %% ../../nbs/tasks/30_retrieval.ipynb #9fa70ad8
+# %% ../../nbs/tasks/30_retrieval.ipynb #e043a703
 def ranks(
     similarity: Tensor,  # (n, m): queries along the rows
     right: Tensor,       # bool (n, m), True = a right answer
@@ -146,7 +146,9 @@ def retrieval_metrics(
     similarity: Tensor,            # (n texts, m videos)
     right: Tensor | None = None,   # bool (n, m), True = they belong together; None: text i and video i
 ) -> dict[str, dict[str, float]]:  # "t2v" and "v2t": "R@1", "R@5", "R@10" (shares), "MedR"
-    "Recall and median rank, text to video and video to text."
+    "Recall and median rank, text to video and video to text; raises `ValueError` for NaN, and for unequal numbers without `right`."
+    if similarity.isnan().any(): raise ValueError("the similarity holds NaN: a rank would mean nothing")
+    if right is None and similarity.shape[0] != similarity.shape[1]: raise ValueError(f"{similarity.shape[0]} texts and {similarity.shape[1]} videos: say with `right` who belongs together")
     right = torch.eye(len(similarity), dtype=torch.bool) if right is None else right
     found = {"t2v": ranks(similarity, right), "v2t": ranks(similarity.T, right.T)}
     return {name: {f"R@{k}": (r <= k).float().mean().item() for k in (1, 5, 10)} | {"MedR": r.float().quantile(0.5).item()} for name, r in found.items()}
@@ -205,7 +207,7 @@ def _stored(file: Path, settings: dict) -> dict:
     except (SafetensorError, OSError, KeyError) as e: raise ValueError(f"{file}: not an index of videos") from e
     return {p: (s, v) for (p, s), v in zip(about["videos"], vectors)} if about["settings"] == settings else {}
 
-# %% ../../nbs/tasks/30_retrieval.ipynb #7859cdce
+# %% ../../nbs/tasks/30_retrieval.ipynb #3afe7905
 def video_index(
     towers: Towers,                 # embeds what is new
     videos: Iterable[str | Path],   # files
@@ -213,6 +215,7 @@ def video_index(
     weights: str | Path,            # file of the towers' weights
 ) -> VideoIndex:
     "Vectors of videos, made only where the index does not have them; raises `ValueError` if nothing can be read."
+    if not Path(file).absolute().parent.is_dir(): raise ValueError(f"{file}: there is no such folder for the index")
     settings = {"weights": [str(Path(weights).resolve()), *_stamp(weights)], "frames": towers.frames, "size": towers.size, "stats": towers.stats}
     kept, paths, errors, made = _stored(Path(file), settings), [], [], 0
     for path in (str(Path(v).resolve()) for v in videos):
