@@ -41,7 +41,8 @@ class Checkout:
         for n in self.names:
             (self.root/n).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(HOME/n, self.root/n)
-        self.env = {**os.environ, "PYTHONPATH": str(self.root), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "VENV": str(BIN.parent),
+        outside = {k: v for k, v in os.environ.items() if k != "VIRTUAL_ENV"}   # an activated environment would come in beside .venv
+        self.env = {**outside, "PYTHONPATH": str(self.root), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "VENV": str(BIN.parent),
                     "VFM_LAB_BUDGET": "smoke", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "agg", "COVERAGE_FILE": str(LOGS/"coverage/data"),
                     "SCREENS": str(HOME/"_out/screens"), "PYTHONDONTWRITEBYTECODE": "1"}
 
