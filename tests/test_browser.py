@@ -299,12 +299,17 @@ def test_dark(page):
         assert ink > 450, f"the words of the {name} explorer are dark on dark"
         shoot(page, f"{name}-dark")
 
+def chapter(lab, page, name):
+    "A chapter run in a tab and a workspace of its own."
+    tab = page.context.browser.new_page(viewport={"width": 1280, "height": 1000})
+    tab.goto(f"{lab.url}/lab/workspaces/{Path(name).stem}/tree/nbs/{name}?token={lab.token}")
+    tab.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
+    run_all(lab, tab, name)
+    return tab
+
 def test_running_cell_explorer_every_control(lab, page):
     "The chapter of the running-cell explorer, in a tab of its own."
-    tab = page.context.browser.new_page(viewport={"width": 1280, "height": 1000})
-    tab.goto(f"{lab.url}/lab/workspaces/cells/tree/nbs/viz/14_running_cell.ipynb?token={lab.token}")
-    tab.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
-    run_all(lab, tab, "viz/14_running_cell.ipynb")
+    tab = chapter(lab, page, "viz/14_running_cell.ipynb")
     explorer = Explorer(tab, 0)
     assert {"a", "b", "skip", "phase", "ratio", "seed", "overlay", "frame"} <= set(every_control(explorer))
     explorer.changes(lambda: explorer.control("a").select_option("random"), "random decoder mask")
@@ -313,10 +318,7 @@ def test_running_cell_explorer_every_control(lab, page):
 
 def test_fusion_explorer_every_control(lab, page):
     "The chapter of the fusion explorer, in a tab of its own: the path and the comparison are redrawn."
-    tab = page.context.browser.new_page(viewport={"width": 1280, "height": 1000})
-    tab.goto(f"{lab.url}/lab/workspaces/fusion/tree/nbs/viz/15_fusion.ipynb?token={lab.token}")
-    tab.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
-    run_all(lab, tab, "viz/15_fusion.ipynb")
+    tab = chapter(lab, page, "viz/15_fusion.ipynb")
     explorer = Explorer(tab, 0)
     assert {"a", "b", "blocks", "layer", "frame"} <= set(every_control(explorer))
     assert explorer.root.locator("figure[data-chart=flow] svg").count() == 2 and explorer.root.locator("section[data-part=clip] figure[data-chart=choices]").count() == 4

@@ -18,9 +18,9 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoints import CheckpointError, State, registered, rename
+from .checkpoints import State, registered, rename
 from .clip import BLOCK_OPENAI, inflate_stem, vision_from_openai, vision_from_timm
-from .videomae import read_label_map
+from .videomae import head_rows
 from ..nn.attention import CrossAttention
 from ..nn.blocks import Block, Mlp, QuickGELU
 from ..tokens.patching import TubeletEmbed
@@ -389,7 +389,4 @@ def from_official(
         w = state.pop(k)
         q, kv = k.replace("in_proj_", "q."), k.replace("in_proj_", "kv.")
         state[q], state[kv] = w.split([len(w) // 3, 2 * len(w) // 3])
-    if label_map is None: return state
-    rows = read_label_map(label_map)
-    if max(rows) >= len(state["head.weight"]): raise CheckpointError(f"the label map asks for row {max(rows)}, the head has {len(state['head.weight'])}")
-    return state | {k: state[k][rows] for k in ("head.weight", "head.bias")}
+    return head_rows(state, label_map)

@@ -8,7 +8,7 @@ __all__ = ['SIZES', 'DECODERS', 'FRESH', 'PixelDecoder', 'MaskedAutoencoder', 'V
            'videomae_vit_huge_patch16', 'videomae_vit_giant_patch14', 'videomae_pretrain_vit_small_patch16',
            'videomae_pretrain_vit_base_patch16', 'videomae_pretrain_vit_large_patch16',
            'videomae_pretrain_vit_huge_patch16', 'videomae_pretrain_vit_giant_patch14', 'classifier_from_pretrained',
-           'read_label_map', 'classifier_from_finetuned', 'from_transformers']
+           'read_label_map', 'head_rows', 'classifier_from_finetuned', 'from_transformers']
 
 # %% ../../nbs/models/30_videomae.ipynb #666aa3e6
 import json
@@ -232,16 +232,22 @@ def read_label_map(
         raise CheckpointError("a label map is a list of distinct row numbers, 0 or more")
     return rows
 
+def head_rows(
+    state: State,                                  # of a classifier, in our names
+    label_map: str | Path | Iterable[int] | None,  # see `read_label_map`; None: the whole head
+) -> State:                                        # with one row for each entry of the map
+    "Choose the rows of a head; raises `CheckpointError` for a row that it does not have."
+    if label_map is None: return state
+    rows, known = read_label_map(label_map), len(state["head.weight"])
+    if max(rows) >= known: raise CheckpointError(f"the label map asks for row {max(rows)}, the head has {known}")
+    return state | {k: state[k][rows] for k in ("head.weight", "head.bias")}
+
 def classifier_from_finetuned(
     state: State,                                           # official fine-tuned or distilled file
     label_map: str | Path | Iterable[int] | None = None,    # 710 → 400, 600 or 700, see `read_label_map`; None: the whole head
 ) -> State:                                                 # for `VideoMAEClassifier`
     "Fine-tuned and distilled files: a stored position table goes (it is recomputed), head rows may be chosen."
-    state = rename({r"encoder\.": "", r"pos_embed$": None})(state)
-    if label_map is None: return state
-    rows, known = read_label_map(label_map), len(state["head.weight"])
-    if max(rows) >= known: raise CheckpointError(f"the label map asks for row {max(rows)}, the head has {known}")
-    return state | {k: state[k][rows] for k in ("head.weight", "head.bias")}
+    return head_rows(rename({r"encoder\.": "", r"pos_embed$": None})(state), label_map)
 
 # %% ../../nbs/models/30_videomae.ipynb #d8e45629
 _BLOCK = {r"(.*\.)attention\.output\.dense": r"\1attn.proj", r"(.*\.)attention\.attention": r"\1attn", r"(.*\.)intermediate\.dense": r"\1mlp.fc1",

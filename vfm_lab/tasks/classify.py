@@ -59,10 +59,7 @@ def finetuned_state(
     elif any(k.startswith("videomae.") for k in state): state = videomae.from_transformers(state)
     elif "cls_token" not in state: state = umt.classifier_from_finetuned(state)   # UMT and VideoMAE; UniFormerV2 in our names is ready
     if "head.weight" not in state: raise CheckpointError("no classifier in it: head.weight is missing")
-    if rows is None: return state
-    rows, known = videomae.read_label_map(rows), len(state["head.weight"])
-    if max(rows) >= known: raise CheckpointError(f"the label map asks for row {max(rows)}, the head has {known}")
-    return state | {k: state[k][rows] for k in ("head.weight", "head.bias")}
+    return videomae.head_rows(state, rows)
 
 # %% ../../nbs/tasks/20_classify.ipynb #1db1e3c1
 def open_classifier(
