@@ -60,8 +60,8 @@ def stage1():
     clip = noise(1, 2, 3, 4, 32, 32)
     mask = torch.tensor([[[p not in frame for p in range(16)] for frame in clip] for clip in VISIBLE]).flatten(1)
     with torch.no_grad():
-        hidden, attention = teacher.teach(resize_frames(clip, 28), 3)
-        z_t = teacher_target(teacher, hidden, mask)
+        states, attention = teacher.look(resize_frames(clip, 28), 3)
+        z_t = teacher_target(teacher, states, mask)
     z_s = student(clip, mask)
     loss = uta_loss(z_s, z_t)
     loss.backward()

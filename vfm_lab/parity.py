@@ -86,7 +86,7 @@ def _vit(c: dict) -> dict:
     return dict(image_size=c["image_size"], patch=c["patch_size"], frames=c["num_frames"], tubelet=c["tubelet_size"], dim=c["embed_dim"], depth=c["depth"],
                 heads=c["num_heads"], mlp_ratio=c["mlp_ratio"], bias="qv" if c["qkv_bias"] else "none", layer_scale=c["layer_scale"], drop_path=c["drop_path"])
 
-# %% ../nbs/20_parity.ipynb #d0d7d19c
+# %% ../nbs/20_parity.ipynb #0e1249a8
 @system("umt_stage1")
 def umt_stage1(
     case: Case,  # of the system `umt_stage1`
@@ -98,7 +98,7 @@ def umt_stage1(
     teacher = CLIPVision(c["teacher_image_size"], c["teacher_patch_size"], c["teacher_embed_dim"], c["teacher_depth"], c["teacher_num_heads"], c["teacher_output_dim"], c["teacher_mlp_ratio"])
     load_weights(student, case.part("student."))
     load_weights(teacher, case.part("teacher."), vision_from_openai)
-    hidden, attention = teacher.teach(clip, c["num_return_layers"])
+    (hidden, attention), (states, _) = (f(clip, c["num_return_layers"]) for f in (teacher.teach, teacher.look))
     B, T, S = attention.shape
     mask = mask_from_order(case.inputs["draw_order"].view(B, T, S), S - int(S * c["mask_ratio"]), S)
     if not torch.equal(mask, case.inputs["mask"]): raise ValueError("the mask made from the draw order is not the official one")
@@ -106,7 +106,7 @@ def umt_stage1(
     projected = student.project(encoded, mask)
     return {"mask": mask, "encoder_features": encoded, "student_features": projected, "teacher_clip": resize_frames(clip, teacher.image_size),
             "teacher_features": F.normalize(teacher.project(hidden), dim=-1), "teacher_cls_attention": attention.flatten(0, 1),
-            "loss": uta_loss(projected, teacher_target(teacher, hidden, mask), c["loss_type"]), "position_table": student.encoder.pos}
+            "loss": uta_loss(projected, teacher_target(teacher, states, mask), c["loss_type"]), "position_table": student.encoder.pos}
 
 # %% ../nbs/20_parity.ipynb #6b744605
 @system("umt_teacher_conversion")

@@ -7,7 +7,7 @@ __all__ = ['BLOCK_OPENAI', 'resize_frames', 'CLIPVision', 'CLIPText', 'CLIP', 't
            'inflate_stem', 'vision_from_openai', 'text_from_openai', 'vision_from_transformers',
            'text_from_transformers', 'vision_from_timm', 'resize_grid', 'clip_vision']
 
-# %% ../../nbs/models/10_clip.ipynb #056f4899
+# %% ../../nbs/models/10_clip.ipynb #1b89629b
 from functools import lru_cache
 
 import timm
@@ -32,7 +32,7 @@ def resize_frames(
     x = F.interpolate(clip.flatten(1, 2), size=(size, size), mode="bicubic", align_corners=False)
     return x.unflatten(1, clip.shape[1:3])
 
-# %% ../../nbs/models/10_clip.ipynb #797032da
+# %% ../../nbs/models/10_clip.ipynb #f72079b7
 class CLIPVision(nn.Module):
     "CLIP's image tower. A clip is a batch of images to it: every frame is processed alone."
     def __init__(
@@ -84,20 +84,40 @@ class CLIPVision(nn.Module):
         for block in self.blocks: x = block(x)
         return self.project(x[:, 0])
 
+    def look(
+        self,
+        clip: Tensor,     # (B, 3, T, H, W); resized bicubically if its size is not the tower's
+        layers: int = 6,  # K
+    ) -> tuple[list[Tensor], Tensor]:  # K states (B·T, 1+S, D) for `tell`; attention (B, T, S) of the class token
+        "The last K layers, of the very last one its first half, and where the class token looks there."
+        if layers > len(self.blocks): raise ValueError(f"this tower has {len(self.blocks)} blocks, {layers} were asked for")
+        *early, last = self.blocks
+        x, states = self.embed(resize_frames(clip, self.image_size)), []
+        for i, block in enumerate(early):
+            x = block(x)
+            if i > len(early) - layers: states.append(x)
+        x, row = last(x, row=0, half=1)
+        return [*states, x], row.mean(1)[:, 1:].reshape(len(clip), clip.shape[2], -1)
+
+    def tell(
+        self,
+        states: list[Tensor],  # of `look`
+        indices: Tensor,       # long (B, n): which of a clip's T·S tokens
+    ) -> Tensor:               # (K, B, n, D) block outputs, shallowest first
+        "What the last K layers give at the chosen tokens; the MLP of the last block runs for these alone."
+        S, frames = states[0].shape[1] - 1, len(states[0]) // len(indices)
+        first = frames * torch.arange(len(indices), device=indices.device)[:, None]   # each clip's first frame
+        *early, x = (s.flatten(0, 1)[(first + indices // S) * (1 + S) + 1 + indices % S] for s in states)   # 1: the class token
+        return torch.stack([*early, self.blocks[-1](x, half=2)])
+
     def teach(
         self,
         clip: Tensor,     # (B, 3, T, H, W); resized bicubically if its size is not the tower's
         layers: int = 6,  # K
     ) -> tuple[Tensor, Tensor]:  # block outputs (K, B, T·S, D), shallowest first; attention (B, T, S) of the class token
         "What the tower gives as a teacher: its last K layers without the class token, and where the class token looks in the last block."
-        if layers > len(self.blocks): raise ValueError(f"this tower has {len(self.blocks)} blocks, {layers} were asked for")
-        B, _, T = clip.shape[:3]
-        x, kept = self.embed(resize_frames(clip, self.image_size)), []
-        for i, block in enumerate(self.blocks):
-            if i == len(self.blocks) - 1: x, row = block(x, row=0)
-            else: x = block(x)
-            if i >= len(self.blocks) - layers: kept.append(x[:, 1:].reshape(B, -1, x.shape[-1]))
-        return torch.stack(kept), row.mean(1)[:, 1:].reshape(B, T, -1)
+        states, attention = self.look(clip, layers)
+        return self.tell(states, torch.arange(attention[0].numel(), device=clip.device).expand(len(clip), -1)), attention
 
 # %% ../../nbs/models/10_clip.ipynb #5d4d9036
 class CLIPText(nn.Module):

@@ -7,7 +7,7 @@ __all__ = ['MASKING', 'SIZES', 'FRESH', 'ProjectionHead', 'UMTStudent', 'UMT', '
            'umt_vit_base_patch16', 'umt_vit_large_patch16', 'umt_pretrain_vit_base_patch16',
            'umt_pretrain_vit_large_patch16', 'classifier_from_stage1', 'classifier_from_finetuned']
 
-# %% ../../nbs/models/20_umt.ipynb #91dfee1d
+# %% ../../nbs/models/20_umt.ipynb #4845805b
 from collections.abc import Callable, Iterable
 
 import torch
@@ -20,7 +20,7 @@ from .clip import CLIPVision
 from ..nn.vit import VideoClassifier, VideoViT
 from ..objectives.alignment import uta_loss
 from ..tokens.masking import Source, attention_sampled_mask, clip_generators, random_mask, tube_mask
-from ..tokens.patching import gather_tokens, visible_indices
+from ..tokens.patching import visible_indices
 from ..tokens.positions import resize_positions, sincos_1d
 
 # %% ../../nbs/models/20_umt.ipynb #9e0ad429
@@ -81,7 +81,7 @@ class UMTStudent(nn.Module):
         "Encode the visible tokens and project the last K layers."
         return self.project(self.encoder(clip, mask, self.layers), mask)
 
-# %% ../../nbs/models/20_umt.ipynb #d25cf1ab
+# %% ../../nbs/models/20_umt.ipynb #d65cc174
 class UMT(nn.Module):
     "Stage 1: the frozen teacher looks, a mask is sampled from its attention, the student repeats the teacher where it can see."
     def __init__(
@@ -112,21 +112,20 @@ class UMT(nn.Module):
     ) -> dict[str, Tensor]:  # "loss"; "cosine": mean cosine of student and teacher
         "Loss of one batch: teacher, mask, student, alignment."
         with torch.no_grad():
-            hidden, attention = self.teacher.teach(batch["clip"], self.student.layers)
+            states, attention = self.teacher.look(batch["clip"], self.student.layers)
             mask = MASKING[self.masking](attention, self.mask_ratio, clip_generators(batch))
-            target = teacher_target(self.teacher, hidden, mask)
+            target = teacher_target(self.teacher, states, mask)
         student = self.student(batch["clip"], mask)
         return {"loss": uta_loss(student, target, self.loss), "cosine": (student * target).sum(-1).mean().detach()}
 
-# %% ../../nbs/models/20_umt.ipynb #8b111082
+# %% ../../nbs/models/20_umt.ipynb #452d1aba
 def teacher_target(
     teacher: CLIPVision,  # the frozen image tower
-    hidden: Tensor,       # (K, B, N, D) of `teach`
+    states: list[Tensor], # K layers of `look`
     mask: Tensor,         # bool (B, N), True = hidden
 ) -> Tensor:              # (K, B, n, out_dim) unit vectors
-    "The teacher's features at the visible tokens; the hidden ones are not projected."
-    indices = visible_indices(mask)
-    return F.normalize(teacher.project(torch.stack([gather_tokens(h, indices) for h in hidden])), dim=-1)
+    "The teacher's features at the visible tokens; the hidden ones are spared the last MLP and the projection."
+    return F.normalize(teacher.project(teacher.tell(states, visible_indices(mask))), dim=-1)
 
 # %% ../../nbs/models/20_umt.ipynb #39c61c43
 class UMTClassifier(VideoClassifier):

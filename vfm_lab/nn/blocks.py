@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attention import Attention, CosineAttention
 
-# %% ../../nbs/nn/10_blocks.ipynb #27d21065
+# %% ../../nbs/nn/10_blocks.ipynb #bb8eee6b
 class QuickGELU(nn.Module):
     "x·σ(1.702x), the activation that CLIP was trained with."
     def forward(
@@ -20,7 +20,8 @@ class QuickGELU(nn.Module):
         x: Tensor,  # any shape
     ) -> Tensor:    # the same shape
         "Apply the activation."
-        return x * torch.sigmoid(1.702 * x)
+        gate = (1.702 * x).sigmoid_()
+        return gate * x if gate.requires_grad else gate.mul_(x)   # a backward pass needs the gate; without one it is overwritten
 
 class Mlp(nn.Module):
     "Two linear layers with an activation between them."
@@ -40,7 +41,7 @@ class Mlp(nn.Module):
         "Widen, activate, narrow."
         return self.fc2(self.act(self.fc1(x)))
 
-# %% ../../nbs/nn/10_blocks.ipynb #f9c4aa46
+# %% ../../nbs/nn/10_blocks.ipynb #3075e8d4
 class Block(nn.Module):
     "Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)) (ViT eq. 2–3)."
     def __init__(
@@ -70,14 +71,17 @@ class Block(nn.Module):
         causal: bool = False,        # see `Attention`
         row: int | None = None,      # also return the attention of this query token
         queries: int | None = None,  # only the last n tokens go on, see `Attention`
+        half: int | None = None,     # 1: attention alone; 2: the MLP alone; None: both
     ) -> Tensor | tuple[Tensor, Tensor]:  # (B, n, D), and with `row` the weights (B, heads, N)
         "Add attention, then add the MLP."
-        y = self.attn(self.norm1(x), mask, causal, row, queries)
-        y, weights = y if row is not None else (y, None)
-        if queries is not None: x = x[:, -queries:]
-        x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
-        y = self.mlp(self.norm2(x))
-        x = x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
+        if half != 2:
+            y = self.attn(self.norm1(x), mask, causal, row, queries)
+            y, weights = y if row is not None else (y, None)
+            if queries is not None: x = x[:, -queries:]
+            x = x + self.drop_path(y if self.gamma_1 is None else self.gamma_1 * y)
+        if half != 1:
+            y = self.mlp(self.norm2(x))
+            x = x + self.drop_path(y if self.gamma_2 is None else self.gamma_2 * y)
         return x if row is None else (x, weights)
 
 # %% ../../nbs/nn/10_blocks.ipynb #91938a76

@@ -187,7 +187,7 @@ def sharded(
     for part in (*blocks(model), model): fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
 
-# %% ../../nbs/train/10_loop.ipynb #14923808
+# %% ../../nbs/train/10_loop.ipynb #71137e81
 @contextmanager
 def started(
     model: nn.Module,     # called as `model(batch)`
@@ -202,7 +202,7 @@ def started(
         spread = config.shard and accelerator.num_processes > 1
         if spread: sharded(model, accelerator)   # before the optimizer sees the parameters
         parameters = param_groups(model, config.weight_decay, config.layer_decay)
-        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps)
+        optimizer = torch.optim.AdamW(parameters, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         run = Run(model.train(), optimizer, config, accelerator)
         run.prepared = accelerator.prepare_model(model, evaluation_mode=spread)   # that mode: no second copy for averaging
         run.optimizer = accelerator.prepare_optimizer(optimizer)
