@@ -155,7 +155,7 @@ def behind_end(
     "Places behind the end token."
     return torch.arange(ids.shape[1], device=ids.device) > ids.argmax(1, keepdim=True)
 
-# %% ../../nbs/models/50_internvideo.ipynb #59685f03
+# %% ../../nbs/models/50_internvideo.ipynb #4862d1d2
 class VideoText(nn.Module):
     "InternVideo's multimodal tower: UniFormerV2 for clips and images, CLIP's text tower, and a decoder that writes captions (§3)."
     def __init__(
@@ -246,7 +246,8 @@ class VideoText(nn.Module):
         clip: Tensor,  # (B, 3, T, H, W)
         start: int,    # id of the start token
     ) -> Tensor:       # long (B, L), 0 behind the end token
-        "Write the likeliest word, again and again, until all captions have ended or are as long as the tower's context."
+        "Write the likeliest word, again and again, until all captions have ended or are as long as the tower's context; raises `ValueError` without a decoder."
+        if self.decoder is None: raise ValueError("this tower was built without a caption decoder")
         seen, end = self.decoder.look(self.watch(clip)[1]), self.text.config["vocab"] - 1
         ids = torch.full((len(clip), 1), start, device=clip.device)
         while ids.shape[1] < self.text.config["context"] and not (done := (ids == end).any(1)).all():
@@ -361,7 +362,7 @@ def _look(tower: nn.Module, clip: Tensor) -> tuple[Tensor, Tensor]:
     tokens = VideoViT.forward(tower, clip)
     return tokens.mean(1), tokens
 
-# %% ../../nbs/models/50_internvideo.ipynb #771eefdd
+# %% ../../nbs/models/50_internvideo.ipynb #5bd9605f
 class CoupledTowers(nn.Module):
     "Two frozen classifiers that read each other, and a learned sum of their scores (after InternVideo §3; no official code exists)."
     def __init__(
@@ -376,6 +377,7 @@ class CoupledTowers(nn.Module):
     ):
         super().__init__()
         if not {between, last} <= {"masked", "multi"}: raise ValueError(f'between and last are "masked" or "multi", got {between!r} and {last!r}')
+        if masked.num_classes != multi.num_classes: raise ValueError(f"the towers know {masked.num_classes} and {multi.num_classes} classes: their scores cannot be added")
         self.towers = nn.ModuleDict({"masked": masked, "multi": multi}).requires_grad_(False)
         for part in (masked.fc_norm, masked.head, multi.fc_norm, multi.head): part.requires_grad_(True)
         multi.fusion.query_token.requires_grad_(True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/nn/00_attention.ipynb #90c4bed8
+# %% ../../nbs/nn/00_attention.ipynb #ab599c41
 class Attention(nn.Module):
     "Multi-head self-attention over all tokens; the fused attention kernel of torch does the work (Attention Is All You Need §3.2)."
     def __init__(
@@ -37,8 +37,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         "Queries (B, heads, n, D/heads), keys and values (B, heads, N, D/heads)."
         bias = self.qkv.bias if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        cut = lambda y: y.view(*y.shape[:2], -1, self.heads, x.shape[-1] // self.heads).permute(2, 0, 3, 1, 4)
-        if queries is None: return cut(F.linear(x, self.qkv.weight, bias)).unbind(0)
+        cut = lambda y: (part.transpose(1, 2) for part in y.view(*y.shape[:2], -1, self.heads, x.shape[-1] // self.heads).unbind(2))
+        if queries is None: return tuple(cut(F.linear(x, self.qkv.weight, bias)))
         (wq, wkv), (bq, bkv) = (p.split([x.shape[-1], 2 * x.shape[-1]]) if p is not None else (None, None) for p in (self.qkv.weight, bias))
         return *cut(F.linear(x[:, -queries:], wq, bq)), *cut(F.linear(x, wkv, bkv))
 
@@ -66,7 +66,7 @@ def attention_row(
     "Attention weights of one query over all keys: N numbers per head instead of N×N (UMT §3 uses the class token's)."
     return (q[:, :, row] * q.shape[-1] ** -0.5).unsqueeze(2).matmul(k.transpose(-2, -1)).squeeze(2).softmax(-1)
 
-# %% ../../nbs/nn/00_attention.ipynb #9304b9ba
+# %% ../../nbs/nn/00_attention.ipynb #5562c6b6
 class CrossAttention(nn.Module):
     "Multi-head attention in which tokens x ask and other tokens y answer; few queries work on y itself, without its keys and values."
     def __init__(
@@ -90,7 +90,7 @@ class CrossAttention(nn.Module):
         q = self.q(x).unflatten(2, (self.heads, -1))                                    # (B, n, heads, d)
         n, d = q.shape[1], q.shape[3]
         if n < d: return self.proj(self._read(q, y, mask))
-        k, v = self.kv(y).unflatten(2, (2, self.heads, d)).permute(2, 0, 3, 1, 4)       # (B, heads, N, d) each
+        k, v = (z.transpose(1, 2) for z in self.kv(y).unflatten(2, (2, self.heads, d)).unbind(2))    # (B, heads, N, d) each
         return self.proj(F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
     def _read(self, q: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:

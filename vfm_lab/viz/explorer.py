@@ -452,7 +452,7 @@ def _flow(ax, chart: dict) -> None:
         ax.add_patch(Rectangle((x, y), width, height, facecolor=(*to_rgb(tone), 0.3 if box["on"] else 0.06), edgecolor=tone, linewidth=1.2 if box["on"] else 0.6))
         ax.text(x + width / 2, y + height / 2, box["words"], ha="center", va="center", fontsize=5.5)
 
-# %% ../../nbs/viz/12_explorer.ipynb #f946062f
+# %% ../../nbs/viz/12_explorer.ipynb #5fb897e8
 def _plot(ax, chart: dict, slot: int) -> None:
     "One chart of a panel, small."
     kind, gray = chart["kind"], "#bbbbbb"
@@ -478,7 +478,7 @@ def _plot(ax, chart: dict, slot: int) -> None:
         ax.set_xticks(range(len(colors)), chart["labels"])
         ax.set_ylim(0, 1.1 * chart["max"])
     if kind == "flow": _flow(ax, chart)
-    ax.set_title(textwrap.fill(chart["title"], 30), fontsize=7)
+    ax.set_title(textwrap.fill(chart["title"], 26), fontsize=7)
     ax.tick_params(labelsize=6)
 
 # %% ../../nbs/viz/12_explorer.ipynb #aabf23e8

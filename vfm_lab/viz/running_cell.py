@@ -56,7 +56,7 @@ def dual_panel(
     legend = [[0, "the encoder sees it"], [1, "hidden, not decoded"], [2, "hidden and decoded: its loss counts"]]
     return Panel(f"tubes + {name}", hidden.long() + loss.long(), legend=legend, words=words, charts=charts)
 
-# %% ../../nbs/viz/14_running_cell.ipynb #c4fd11a8
+# %% ../../nbs/viz/14_running_cell.ipynb #a92b17a1
 def error_panel(
     error: Tensor,   # (t, h, w), one number per token, in units of the pixel range
     counts: Tensor,  # bool (t, h, w), True = the loss of this token counts
@@ -64,7 +64,7 @@ def error_panel(
     "Where a reconstruction misses, over the tokens whose loss counts."
     error, per_slot = error * counts, counts.flatten(1).sum(1)
     mean = (error.flatten(1).sum(1) / per_slot.clamp_min(1)).tolist()
-    charts = [dict(kind="slots", title="mean error where the loss counts", values=[round(x, 4) for x in mean], max=0.3, unit="of the pixel range")]
+    charts = [dict(kind="slots", title="mean error where the loss counts", values=[round(x, 4) for x in mean], max=round(max(0.1, *mean), 3), unit="of the pixel range")]
     words = [f"The model misses the decoded tokens of this frame by {x:.3f} of the pixel range." if n else "Nothing is decoded in this frame." for x, n in zip(mean, per_slot)]
     return Panel("error where the loss counts", heat=error, words=words, charts=charts)
 
