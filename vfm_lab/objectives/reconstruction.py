@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['pixel_cubes', 'cube_stats', 'pixel_target', 'reconstruction_loss', 'paint']
 
-# %% ../../nbs/objectives/05_reconstruction.ipynb #d97451b4
+# %% ../../nbs/objectives/05_reconstruction.ipynb #7166dd5f
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
-
-from ..tokens.patching import gather_patches, patchify
 
 # %% ../../nbs/objectives/05_reconstruction.ipynb #5cdc9813
 _STATS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
           "half": ((0.45,) * 3, (0.225,) * 3)}  # what the clip was normalised with
 
-# %% ../../nbs/objectives/05_reconstruction.ipynb #c0cad3d5
+# %% ../../nbs/objectives/05_reconstruction.ipynb #ff6ccb01
 def pixel_cubes(
     clip: Tensor,                    # (B, 3, T, H, W)
     patch: int,                      # patch side in pixels
@@ -25,8 +24,11 @@ def pixel_cubes(
     tokens: Tensor | None = None,    # long (B, n) which tokens; None: all
 ) -> Tensor:                         # (B, n, tubelet·patch·patch, 3) in [0, 1]
     "The pixels of tokens, colour last; raises `KeyError` for unknown statistics."
-    x = patchify(clip, patch, tubelet) if tokens is None else gather_patches(clip, tokens, patch, tubelet)
-    x = x.unflatten(2, (3, -1)).transpose(2, 3).float()           # a view: in memory each colour stays in one piece
+    x = rearrange(clip, "b c (t u) (h p) (w q) -> b t h w c u p q", u=tubelet, p=patch, q=patch)
+    h, w = x.shape[2:4]
+    if tokens is None: x = x.flatten(1, 3)
+    else: x = x[torch.arange(len(x), device=x.device)[:, None], tokens // (h * w), tokens // w % h, tokens % w]
+    x = x.flatten(3).transpose(2, 3).float()                      # a view: in memory each colour stays in one piece
     if stats is None: return x
     mean, std = torch.tensor(_STATS[stats], device=x.device)
     return (x * std).add_(mean)
