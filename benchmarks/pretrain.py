@@ -2,8 +2,9 @@
 
 224 pixels, 16 frames, the same clips and the same tube mask at 0.9 on both sides, AdamW. First with the same work (everything that is hidden is
 decoded), and the two losses are compared from the same weights; then ours with a running cell at one half. Steps alternate; the ratio is the median
-over the pairs. On a CPU: B in float32, at two batches. Peak memory is taken in a fresh process for each side, at several batches: weights and optimizer are the
-same on both sides and hide the difference when the batch is small. On a GPU: B and L in float32 and bf16, with and without compile, and MFU.
+over the pairs. On a CPU: B in float32, at two batches. Peak memory is taken in a fresh process for each side, at several batches: weights and
+optimizer are the same on both sides and hide the difference when the batch is small. On a GPU: B and L in float32 and bf16, with and without
+compile, and MFU.
 """
 import sys
 from contextlib import ExitStack

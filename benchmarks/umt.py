@@ -2,8 +2,9 @@
 
 B/16 student, CLIP B/16 teacher, 8 frames, 224 pixels, 80 % hidden, AdamW; the same weights, clips and seeds of the masks. The plain side stands in
 this file: its teacher computes attention by hand, with the full map of all heads in every block, and runs every token through all of it; its student
-embeds all tokens before it drops the hidden ones. The optimizer is the same. Several batches, since what the plain side writes into memory grows with them. The first losses must agree. Then ours with the teacher in bf16 (`teacher.to(torch.bfloat16)`), where only
-the loss curves can agree: they are drawn from fifty steps of a small model on synthetic clips.
+embeds all tokens before it drops the hidden ones. The optimizer is the same. Several batches, since what the plain side writes into memory grows with
+them. The first losses must agree. Then ours with the teacher in bf16 (`teacher.to(torch.bfloat16)`), where only the loss curves can agree: they are
+drawn from fifty steps of a small model on synthetic clips.
 """
 from _common import DEVICE, alternate, faster, machine, report, seconds
 import torch
@@ -96,7 +97,7 @@ def curves() -> dict:
     return {name: {**{f"loss at step {s}": round(curve[s - 1].item(), 4) for s in (1, 10, 25, STEPS)}, "mean relative difference": f"{apart[name].mean():.1e}",
                    "largest": f"{apart[name].max():.1e}"} for name, curve in loss.items()}
 
-def race(batch: int) -> dict[str, dict[str, str]]:
+def race(batch: int) -> dict[str, dict[str, float]]:
     "First loss, seconds per step and speed over the plain side, at one batch."
     steps = {}
     for name in (PLAIN, "ours", BF16):

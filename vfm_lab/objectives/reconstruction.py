@@ -39,7 +39,7 @@ def cube_stats(
 ) -> tuple[Tensor, Tensor]:  # (B, n, 1, 3) each
     "Mean, and unbiased standard deviation + 1e-6, of every cube and channel."
     mean, L = cubes.mean(2, keepdim=True), cubes.shape[2]
-    return mean, torch.linalg.vector_norm(cubes - mean, dim=2, keepdim=True) / (L - 1) ** 0.5 + 1e-6   # several times as fast as `std`
+    return mean, torch.linalg.vector_norm(cubes - mean, dim=2, keepdim=True) / (L - 1) ** 0.5 + 1e-6
 
 def pixel_target(
     clip: Tensor,                    # (B, 3, T, H, W)
