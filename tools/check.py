@@ -180,35 +180,65 @@ def docs(at):
     return Step(step.passed + site.passed, step.failed + site.failed, site.skipped)
 
 def wheel(at):
-    "The wheel in a clean environment without the dev extra: contents, import time, every module, the CLI, the README's first lines."
+    "Source archive and wheel in a clean environment without the dev extra: contents, import time, every module, CLI, README."
     step, place = Step(), Path(tempfile.mkdtemp(prefix="vfm_lab-wheel-"))
-    try:
-        status, _ = at.run("wheel-build", sys.executable, "-m", "build", "--wheel", "--outdir", place)
+    try:   # plain `build` makes the wheel out of the source archive, as an index's user would
+        status, _ = at.run("wheel-build", sys.executable, "-m", "build", "--outdir", place)
         if not step.check(status == 0, "build (log: wheel-build)"): return step
-        built = next(place.glob("*.whl"))
+        built, source = next(place.glob("*.whl")), next(place.glob("*.tar.gz"))
+        status, _ = at.run("wheel-twine", sys.executable, "-m", "twine", "check", "--strict", built, source)
+        step.check(status == 0, "twine check (log: wheel-twine)")
         contents(step, built)
-        start, python = time.time(), place/"venv/bin/python"
-        status, _ = at.run("wheel-install", "sh", "-c", f"'{sys.executable}' -m venv '{place}/venv' && '{python}' -m pip install -q --no-compile "
-                           f"--disable-pip-version-check -c constraints.txt '{built}'", PYTHONPATH="")
-        step.notes.append(f"clean install {time.time() - start:.0f} s, wheel {built.stat().st_size/1e6:.1f} MB")
-        if not step.check(status == 0, "install (log: wheel-install)"): return step
-        empty = place/"empty"
-        empty.mkdir()
-        def bare(log, *command): return at.run(log, *command, cwd=empty, PYTHONPATH="", PYTHONDONTWRITEBYTECODE="")
-        extra = [bare("wheel-import", python, "-c", "import torch, time; t = time.perf_counter(); import vfm_lab; print(time.perf_counter() - t)") for _ in range(5)]
-        seconds = [float(out) for status, out in extra if status == 0]
-        if step.check(len(seconds) == 5, "import vfm_lab (log: wheel-import)"):
-            step.notes.append(f"import vfm_lab takes {min(seconds)*1000:.0f} ms on top of import torch")
-            step.check(min(seconds) <= .5, f"import vfm_lab takes {min(seconds):.2f} s on top of import torch, more than 0.5 s")
-        status, out = bare("wheel-modules", python, "-c", "import pkgutil, importlib, vfm_lab\nfor m in pkgutil.walk_packages(vfm_lab.__path__, 'vfm_lab.'): print(m.name, flush=True); importlib.import_module(m.name)")
-        step.check(status == 0, f"a module does not import without the dev extra: {(out.strip().splitlines() or ['?'])[-1]} (log: wheel-modules)")
-        status, out = bare("wheel-cli", place/"venv/bin/vfm_lab", "--help")
-        step.check(status == 0 and "usage" in out.lower(), "vfm_lab --help (log: wheel-cli)")
-        lines = re.search(r"```python\n(.*?)```", (at.root/"README.md").read_text(), re.S)
-        if step.check(lines, "README.md shows no first lines of Python"):
-            step.check(bare("wheel-first-lines", python, "-c", lines[1])[0] == 0, "the first Python block of README.md (log: wheel-first-lines)")
+        if installed(step, at, place, built): library(step, at, place)
+        status, _ = at.run("wheel-source", place/"venv/bin/python", "-m", "pip", "install", "-q", "--no-deps",
+                           "--force-reinstall", "--disable-pip-version-check", source, PYTHONPATH="")
+        step.check(status == 0, "install from the source archive (log: wheel-source)")
+        step.check(shipped(place/"venv", built) == set(), f"the source archive installs without {sorted(shipped(place/'venv', built))[:5]}")
     finally: shutil.rmtree(place, ignore_errors=True)
     return step
+
+def installed(step, at, place, built):
+    "Put the wheel and what it requires into an environment of its own."
+    start, python = time.time(), place/"venv/bin/python"
+    status, _ = at.run("wheel-install", "sh", "-c", f"'{sys.executable}' -m venv '{place}/venv' && '{python}' -m pip install -q "
+                       f"--no-compile --disable-pip-version-check -c constraints.txt '{built}'", PYTHONPATH="")
+    step.notes.append(f"clean install {time.time() - start:.0f} s, wheel {built.stat().st_size/1e6:.1f} MB")
+    return step.check(status == 0, "install (log: wheel-install)")
+
+def shipped(environment, built):
+    "Files of the wheel that an environment lacks."
+    import zipfile
+    names = {n for n in zipfile.ZipFile(built).namelist() if n.startswith("vfm_lab/")}
+    root = next(environment.glob("lib/python*/site-packages"))
+    return {n for n in names if not (root/n).exists()}
+
+MODULES = """import pkgutil, importlib, vfm_lab
+for m in pkgutil.walk_packages(vfm_lab.__path__, 'vfm_lab.'):
+    print(m.name, flush=True)
+    importlib.import_module(m.name)"""
+
+def library(step, at, place):
+    "What somebody meets who has only installed the package, in an empty folder."
+    python, empty = place/"venv/bin/python", place/"empty"
+    empty.mkdir()
+    def bare(log, *command): return at.run(log, *command, cwd=empty, PYTHONPATH="", PYTHONDONTWRITEBYTECODE="")
+    clock = "import torch, time; t = time.perf_counter(); import vfm_lab; print(time.perf_counter() - t)"
+    seconds = [float(out) for status, out in (bare("wheel-import", python, "-c", clock) for _ in range(5)) if status == 0]
+    if step.check(len(seconds) == 5, "import vfm_lab (log: wheel-import)"):
+        step.notes.append(f"import vfm_lab takes {min(seconds)*1000:.0f} ms on top of import torch")
+        step.check(min(seconds) <= .5, f"import vfm_lab takes {min(seconds):.2f} s on top of import torch, more than 0.5 s")
+    status, out = bare("wheel-modules", python, "-c", MODULES)
+    step.check(status == 0, f"a module does not import without the dev extra: {(out.strip().splitlines() or ['?'])[-1]} (log: wheel-modules)")
+    status, out = bare("wheel-cli", place/"venv/bin/vfm_lab", "--help")
+    step.check(status == 0 and "usage" in out.lower(), "vfm_lab --help (log: wheel-cli)")
+    version = re.search(r"^version = (.*)", (at.root/"settings.ini").read_text(), re.M)[1]
+    status, out = bare("wheel-version", place/"venv/bin/vfm_lab", "--version")
+    step.check(status == 0 and version in out, "vfm_lab --version (log: wheel-version)")
+    status, out = bare("wheel-recipe", place/"venv/bin/vfm_lab", "pretrain", "videomae", "--config", "videomae_tiny", "--steps", "1", "--out", "run")
+    step.check(status == 0, "a recipe by its name (log: wheel-recipe)")
+    lines = re.search(r"```python\n(.*?)```", (at.root/"README.md").read_text(), re.S)
+    if step.check(lines, "README.md shows no first lines of Python"):
+        step.check(bare("wheel-first-lines", python, "-c", lines[1])[0] == 0, "the first Python block of README.md (log: wheel-first-lines)")
 
 def contents(step, built):
     "What the wheel must and must not carry."
@@ -219,6 +249,11 @@ def contents(step, built):
     step.check(not alien, f"the wheel carries {alien[:5]}")
     step.check(any(re.search(r"_assets/clips/.*\.mp4$", n) for n in names), "the wheel carries no clips")
     step.check(any(re.search(r"_assets/weights/.*\.safetensors$", n) for n in names), "the wheel carries no weights")
+    step.check(sum(n.startswith("vfm_lab/_recipes/") for n in names) >= 50, "the wheel carries no recipes")
+    step.check("vfm_lab/py.typed" in names, "the wheel carries no py.typed")
+    about = zipfile.ZipFile(built).read(next(n for n in names if n.endswith("/METADATA"))).decode()
+    for line in ("License-Expression: Apache-2.0", "Classifier: Programming Language", "Project-URL: Source", "Requires-Python:"):
+        step.check(f"\n{line}" in about, f"the wheel's metadata lacks {line}")
     size = sum(e.file_size for e in entries if "/_assets/" in e.filename)/1e6
     step.notes.append(f"data in the wheel {size:.1f} MB")
     step.check(size <= 6, f"data in the wheel: {size:.1f} MB, more than 6 MB")
