@@ -23,7 +23,7 @@ from .clip import BLOCK_OPENAI, inflate_stem, vision_from_openai, vision_from_ti
 from .videomae import head_rows
 from ..nn.attention import CrossAttention
 from ..nn.blocks import Block, Mlp, QuickGELU
-from ..tokens.patching import TubeletEmbed, check_clip
+from ..tokens.patching import TubeletEmbed, check_clip, token_grid
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #a9660d14
 class LocalBlock(nn.Module):
@@ -213,14 +213,16 @@ class MotionStem(nn.Module):
         patch: int,  # patch side in pixels
     ):
         super().__init__()
+        self.patch = patch
         self.proj = nn.Conv3d(3, dim, (3, patch, patch), (2, patch, patch), (1, 0, 0), bias=False)
 
     def forward(
         self,
         clip: Tensor,  # (B, 3, T, H, W)
     ) -> Tensor:       # (B, N, D), N in raster order (t, h, w)
-        "Embed every second frame; raises `ValueError` for what is no batch of clips."
+        "Embed every second frame; raises `ValueError` for what is no batch of whole patches."
         check_clip(clip)
+        token_grid(clip.shape[2], clip.shape[3:], self.patch)
         return self.proj(clip).flatten(2).transpose(1, 2)
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #676da49e

@@ -22,20 +22,20 @@ def token_grid(
     tubelet: int = 1,       # frames per token
 ) -> Grid:                  # (t, h, w) tokens along each axis
     "Tokens along time, rows and columns; raises `ValueError` for what is not whole tubelets."
-    (h, w), (t, rest) = size, divmod(frames, tubelet)
-    if rest or h % patch or w % patch or not (t and h and w):
+    h, w = size
+    if frames % tubelet or h % patch or w % patch or not (frames and h and w):
         raise ValueError(f"a clip of {frames} frames at {h}×{w} does not divide into tubelets of "
                          f"{tubelet}×{patch}×{patch}")
-    return t, h // patch, w // patch
+    return frames // tubelet, h // patch, w // patch
 
 def check_clip(
     clip: Tensor,       # meant to be (B, C, T, H, W)
     channels: int = 3,  # C
 ) -> None:
-    "Raises `ValueError` for what is no batch of clips: other axes, frames before channels, none at all."
-    if clip.ndim == 5 and clip.shape[1] == channels and clip.shape[0]: return
+    "Raises `ValueError` for what is no batch of clips: other axes, frames before channels, nothing."
+    if clip.ndim == 5 and clip.shape[1] == channels and all(clip.shape): return
     raise ValueError(f"a batch of clips is (B, {channels}, T, H, W), channels before frames, "
-                     f"with at least one clip; got {tuple(clip.shape)}")
+                     f"and not empty; got {tuple(clip.shape)}")
 
 # %% ../../nbs/tokens/00_patching.ipynb #a5a18335
 def patchify(
@@ -135,7 +135,8 @@ class TubeletEmbed(nn.Module):
         "Embed the visible tubelets; raises `ValueError` as `grid` does."
         self.grid(clip)
         plain = is_plain(self.proj)
-        if indices is None and not plain: return self.proj(clip).flatten(2).transpose(1, 2)
+        if indices is None and not plain:
+            return self.proj(clip).flatten(2).transpose(1, 2).contiguous()
         if indices is None: x = patchify(clip, self.patch, self.tubelet)
         else: x = gather_patches(clip, indices, self.patch, self.tubelet)
         if plain: return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
