@@ -351,7 +351,8 @@ def _put(run, state, weights, averages, scaler):
     set_model_state_dict(run.model, weights, options=_WHOLE)
     run.optimizer.zero_grad()   # torch takes an optimizer with gradients for one that has begun
     inner = _inner(run.optimizer)
-    if averages["state"]: set_optimizer_state_dict(run.model, inner, averages, options=_WHOLE)
+    some = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)   # not all need averages
+    if averages["state"]: set_optimizer_state_dict(run.model, inner, averages, options=some)
     for name, weight in run.model.named_parameters():   # no averages: it had no gradient yet;
         if name not in averages["state"]: inner.state.pop(weight, None)   # torch has made a step for it
     if scaler: run.accelerator.scaler.load_state_dict(scaler)
