@@ -259,7 +259,8 @@ def _orders(name: str, reorders: bool, table: np.ndarray) -> bool:
     "Do the times of the packets say in which order the frames are shown?"
     pts, dts, _, _, key, hidden, _ = table.T
     if not key.any() or (pts == _NONE).any(): return False
-    if reorders and not key.all() and len(pts) > 1 and (np.diff(pts) > 0).all(): return False
+    increasing = len(pts) > 1 and (np.diff(pts) > 0).all()     # then they say when to decode
+    if reorders and not key.all() and (increasing or name == "avi"): return False
     if len(np.unique(pts[hidden == 0])) < (hidden == 0).sum(): return False
     dts = dts[dts != _NONE]
     if name != "matroska,webm" and (np.diff(dts) < 0).any(): return False   # mkv stores no dts
@@ -291,8 +292,8 @@ def _counted(source, table: np.ndarray, keys: list, bad: np.ndarray) -> tuple[np
             last = frame.duration or 0
             if frame.is_corrupt or rows.get(frame.pts) in bad: damaged.append(i)
     if not times: raise ValueError("no frame can be decoded")
-    when_decoded = (np.diff(table[:, 0]) > 0).all()    # avi: the n-th time is that of the n-th frame
-    return np.array(sorted(times) if when_decoded else times), last, damaged
+    decoding = (np.diff(table[:, 0]) > 0).all()        # avi: the n-th time is that of the n-th frame
+    return np.array(sorted(times) if decoding else times), last, damaged
 
 def _clock(times: np.ndarray, last: int, usual: int, name: str) -> np.ndarray:
     "Ticks from the first frame to each, and to the end of the last; `usual`: where times fail."
