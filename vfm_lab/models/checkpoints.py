@@ -303,9 +303,11 @@ def _match(model: nn.Module, state: State, fresh: tuple[str, ...] = ()) -> _Fit:
         elif name not in own and name not in tables: report.unexpected.append(key)
         elif why := _differ(tensor, own.get(name, tables.get(name))):
             report.mismatched.append(f"{key}: {why}")
-        else: (fit.new if name in own else fit.tables)[name] = tensor
+        elif name in own: fit.new[name] = tensor
+        else:
+            fit.tables[name] = tensor
+            report.notes.append(f"{key}: the file's own position table is used")
     report.loaded = [*fit.new, *fit.tables]
-    report.notes += [f"{name}: a learned position table, used as it is" for name in fit.tables]
     told = {m.split(": ")[0] for m in report.mismatched}
     for key in (k for k in own if k not in fit.new and k not in told):
         (report.fresh if any(re.match(p, key) for p in fresh) else report.missing).append(key)
