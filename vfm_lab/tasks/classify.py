@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from ..data.datasets import VIDEO_SUFFIXES, load_clip
 from ..data.reader import VideoReadError, dense_indices, sparse_indices
+from ..data.transforms import STATS
 from ..models import umt, uniformerv2, videomae
-from ..models.checkpoints import CheckpointError, LoadReport, State, load_weights, read_config, read_weights
+from ..models.checkpoints import CheckpointError, LoadReport, State, build_like, layout
+from ..models.checkpoints import load_weights, peel, read_config, read_weights
 from .finetune import eval_views
 
 # %% ../../nbs/tasks/20_classify.ipynb #8c3ce0ea
@@ -55,10 +57,12 @@ def finetuned_state(
     rows: Iterable[int] | None = None,  # rows of the head to keep, in the order of the classes; None: all
 ) -> State:                             # for our classifier
     "Keys of whatever classifier as ours; raises `CheckpointError` if there is no head, or not so many rows in it."
+    given, state = state, peel(state)
     if any("resblocks." in k for k in state): state = uniformerv2.from_official(state)
     elif any(k.startswith("videomae.") for k in state): state = videomae.from_transformers(state)
     elif "cls_token" not in state: state = umt.classifier_from_finetuned(state)   # UMT and VideoMAE; UniFormerV2 in our names is ready
-    if "head.weight" not in state: raise CheckpointError("no classifier in it: head.weight is missing")
+    if (head := state.get("head.weight")) is None or head.ndim != 2:
+        raise CheckpointError(f"no classifier in it: head.weight is missing; {layout(given)}")
     return videomae.head_rows(state, rows)
 
 # %% ../../nbs/tasks/20_classify.ipynb #1db1e3c1
@@ -77,11 +81,24 @@ def open_classifier(
         raise ValueError(f"{file}: {'it does not say which model it is for' if name is None else f'no classifier is named {name!r}'}; there are {', '.join(known)}")
     try:
         state = finetuned_state(given, rows)
-        net = timm.model_entrypoint(name)(**{**about, **(model_args or {}), "num_classes": len(state["head.weight"])})
+        args = {**about, **(model_args or {}), "num_classes": len(state["head.weight"])}
+        net = build_like(timm.model_entrypoint(name), args, state)
         report = load_weights(net, given, lambda _: state)
-    except (CheckpointError, TypeError) as e: raise CheckpointError(f"{file}: {e}") from None
-    how = reading(net)
-    return net.eval(), Reading(**{f.name: seen.get(f.name, getattr(how, f.name)) for f in fields(Reading)}), report
+        return net.eval(), _as_said(reading(net), seen), report
+    except CheckpointError as e:
+        raise CheckpointError(str(e) if str(e).startswith(str(file)) else f"{file}: {e}") from None
+
+def _as_said(how: Reading, said: object) -> Reading:
+    "How a file wants its clips made; raises `CheckpointError` for a setting that cannot be."
+    if not isinstance(said, dict): raise CheckpointError(f"input in the header cannot be {said!r}")
+    known = {f.name: getattr(how, f.name) for f in fields(Reading)}
+    for name in known.keys() & said.keys():
+        value, named = said[name], {"stats": STATS, "sampling": ("sparse", "dense", "span")}
+        right = type(value) is type(known[name])
+        right = right and (value in named[name] if name in named else 0 < value <= 4096)
+        if not right: raise CheckpointError(f"input in the header: {name} cannot be {value!r}")
+        known[name] = value
+    return Reading(**known)
 
 # %% ../../nbs/tasks/20_classify.ipynb #6d052712
 def read_labels(
