@@ -1,4 +1,5 @@
 "The drawing of the running cell shows what the official code does, in four slots."
+import pytest
 from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 
@@ -36,3 +37,8 @@ def test_words_and_legend_say_what_the_colours_mean():
     assert followed == ["decoded", "decoded", "left out", "left out"]
     legend = [t.get_text() for t in figure.legends[0].get_texts()]
     assert legend[:2] == ["decoded", "not decoded"]
+
+
+@pytest.mark.parametrize("ratio", (0.0, 0.4, 0.6, 1.0, 0.2500001))
+def test_other_ratios_are_refused(ratio):
+    with pytest.raises(ValueError, match="0.25, 0.5 or 0.75"): running_cell_figure(ratio)

@@ -46,30 +46,37 @@ def _slot(ax: Axes, x: float, turn: int, ones: int, title: str) -> None:
     said = "left out" if queue[1] < ones else "decoded"
     ax.text(x + 2, -0.5, f"blue place: {said}", ha="center", fontsize=9)
 
-# %% ../../nbs/viz/14_running_cell.ipynb #0b53b866
-def running_cell_figure(
-    ratio: float = 0.5,  # share of tokens not decoded: 0.25, 0.5 or 0.75
-    phase: int = 0,      # where the queue starts, 0–3
-) -> Figure:
-    "How the queue turns and fills a 2×2 cell in four slots, and what becomes of one place."
-    ones = int(4 * ratio)
-    fig, ax = plt.subplots(figsize=(10.5, 4.2), dpi=80, layout="constrained")
+def _start(ax: Axes, ones: int, turns: int) -> None:
+    "The queue before the first slot, and what is done with it."
     for i in range(4):
         _square(ax, i, 6, i < ones, i)
         ax.text(i + 0.5, 5.6, str(int(i < ones)), ha="center", fontsize=9)
     ax.text(2, 7.4, "the queue", ha="center")
     words = f"1 = not decoded ({ones} of 4)\n0 = decoded ({4 - ones} of 4)"
-    words += "\n\nIn every slot the first\nflag goes to the end.\nAfter four slots\nit starts again."
+    words += "\n\nIn every slot the first\nflag goes to the end."
+    words += "\nAfter four slots\nit starts again."
     ax.text(2, 5, words, ha="center", va="top", fontsize=9)
-    ax.text(5, 6.7, f"turn {phase + 1} ×", ha="center", fontsize=8)
+    ax.text(5, 6.7, f"turn {turns} ×", ha="center", fontsize=8)
+
+# %% ../../nbs/viz/14_running_cell.ipynb #0b53b866
+def running_cell_figure(
+    ratio: float = 0.5,  # share of tokens not decoded: 0.25, 0.5 or 0.75
+    phase: int = 0,      # where the queue starts, 0–3
+) -> Figure:             # raises `ValueError` for a share that a 2×2 cell cannot leave out
+    "How the queue turns and fills a 2×2 cell in four slots, and what becomes of one place."
+    if ratio not in (0.25, 0.5, 0.75):
+        raise ValueError(f"a 2×2 cell leaves out 0.25, 0.5 or 0.75 of its tokens, got {ratio}")
+    fig, ax = plt.subplots(figsize=(10.5, 4.2), dpi=80, layout="constrained")
+    ones = int(4 * ratio)
+    _start(ax, ones, phase + 1)
     for k in range(4):
         _slot(ax, 6 + 5.6 * k, phase + k + 1, ones, f"slot {k}")
         start = (4.1, 6.5) if k == 0 else (4.5 + 5.6 * k, 6.5)
         ax.annotate("", (5.9 + 5.6 * k, 6.5), start, arrowprops=dict(arrowstyle="->"))
     names = ("decoded", "not decoded")
     keys = [Patch(color=tone, label=name) for tone, name in zip(DECODER_TONES, names)]
-    keys += [Patch(fill=False, edgecolor="black", linewidth=2.5, label="one 2×2 cell of the frame"),
-             Patch(fill=False, edgecolor="#0072B2", linewidth=2, label="one place, followed")]
+    for tone, name in (("black", "one 2×2 cell of the frame"), ("#0072B2", "one place, followed")):
+        keys.append(Patch(fill=False, edgecolor=tone, linewidth=2, label=name))
     fig.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False)
     ax.set(xlim=(-0.2, 27), ylim=(-0.9, 8), aspect="equal")
     ax.axis("off")
