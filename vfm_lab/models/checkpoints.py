@@ -183,7 +183,8 @@ def read_weights(
     "Read a weight file without running code from it; raises `CheckpointError` naming the file."
     path = Path(path)
     if not path.is_file():
-        what = "a folder, not a weight file" if path.is_dir() else "no such file"
+        what = "not a regular file" if path.exists() else "no such file"
+        if path.is_dir(): what = "a folder, not a weight file"
         raise CheckpointError(f"{path}: {what}")
     try: state = _load(path)
     except CheckpointError: raise
@@ -260,6 +261,7 @@ def _differ(tensor: Tensor, place: Tensor) -> str:
     "Why a tensor has no room in a place, from shapes and kinds alone."
     file, model = tuple(tensor.shape), tuple(place.shape)
     if file == model: file, model = _kind(tensor.dtype), _kind(place.dtype)
+    if (file, model) == ("floating numbers", "whole numbers"): return ""   # counters: see `_damage`
     return "" if file == model else f"{file} in the file, {model} in the model"
 
 # %% ../../nbs/models/00_checkpoints.ipynb #4dbe74d9
@@ -335,7 +337,9 @@ def _fit(model: nn.Module, state: State, convert: Convert, fresh: tuple[str, ...
 # %% ../../nbs/models/00_checkpoints.ipynb #f60d9d90
 def _damage(tensor: Tensor, dtype: torch.dtype) -> str:
     "What is wrong with numbers that shall have this type; one pass over them."
-    if not dtype.is_floating_point or not tensor.numel(): return ""
+    if not tensor.is_floating_point() or not tensor.numel(): return ""
+    if not dtype.is_floating_point:                     # a counter that was averaged or halved
+        return "" if (tensor == tensor.detach().to(dtype)).all() else "not whole numbers"
     x = tensor.detach().to(dtype)
     low, high = x.aminmax()
     if low.isfinite() and high.isfinite(): return ""
