@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTAINERS', 'VIDEO_SUFFIXES', 'VideoReadError', 'VideoInfo', 'FrameIndex', 'frame_index', 'open_index', 'probe',
-           'frame_times', 'wanted_frames', 'backends', 'read_frames', 'iter_frames', 'dense_indices', 'span_indices',
-           'sparse_indices', 'interval_indices', 'linspace_indices', 'read_clip']
+           'frame_times', 'wanted_frames', 'backends', 'check_size', 'read_frames', 'iter_frames', 'dense_indices',
+           'span_indices', 'sparse_indices', 'interval_indices', 'linspace_indices', 'read_clip']
 
 # %% ../../nbs/data/10_reader.ipynb #d70becea
 import os
@@ -514,6 +514,19 @@ def backends() -> list[str]:
     return [name for name in _READERS if find_spec(name)]
 
 # %% ../../nbs/data/10_reader.ipynb #fafa964f
+def check_size(
+    source: str | Path | bytes | BinaryIO,   # for the message
+    count: int,                              # frames to be held at once
+    info: VideoInfo,                         # of this video
+    max_bytes: int = 1 << 30,                # that they may take
+) -> None:                                   # raises VideoReadError
+    "Refuse what would take too much memory, before anything is decoded."
+    size = count * info.height * info.width * 3
+    if size > max_bytes:
+        raise VideoReadError(f"{_name(source)}: {count} frames of {info.width} × {info.height} take "
+                             f"{size} bytes, more than max_bytes={max_bytes}; "
+                             "read fewer frames at once, or make the video smaller")
+
 def _asked(source, indices, index: FrameIndex, max_bytes: int) -> np.ndarray:
     "The frame numbers, checked against the video and against the memory that they take."
     n, info = index.info.frames, index.info
@@ -522,11 +535,7 @@ def _asked(source, indices, index: FrameIndex, max_bytes: int) -> np.ndarray:
     wrong = asked[(asked < 0) | (asked >= n)]
     if wrong.size:
         raise VideoReadError(f"{_name(source)}: frame {wrong[0]} is not in a video of {n} frames")
-    size = len(asked) * info.height * info.width * 3
-    if size > max_bytes:
-        raise VideoReadError(f"{_name(source)}: {len(asked)} frames of {info.width} × {info.height} "
-                             f"take {size} bytes, more than max_bytes={max_bytes}; "
-                             "read fewer frames at once, or make the video smaller")
+    check_size(source, len(asked), info, max_bytes)
     return asked
 
 def _check_index(source, index: FrameIndex, stream) -> None:
