@@ -4,34 +4,43 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'Run', 'backward', 'train_step', 'NonFiniteLoss', 'groups', 'blocks', 'switched', 'sharded', 'started',
-           'fit']
+           'called', 'fit']
 
 # %% ../../nbs/train/10_loop.ipynb #aa76f241
-import math, os, time
+import math
+import os
+import re
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from multiprocessing import parent_process
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, gather_object, send_to_device
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from ..files import locked
 from .optim import cosine_schedule, param_groups
-from .resume import batch_len, checkpoints, fixed_order, load_checkpoint, save_checkpoint, seed_everything
+from .resume import (
+    RunError, batch_len, clear_drafts, fingerprint, fixed_order, resume, save_checkpoint,
+    seed_everything, together)
 
 # %% ../../nbs/train/10_loop.ipynb #ed878890
 @dataclass
 class TrainConfig:
-    "All numbers of a training run."
+    "All numbers of a training run; raises `ValueError` naming the first one that cannot be meant."
     steps: int                                 # optimizer steps of the whole run
     lr: float = 1e-3                           # highest learning rate
     min_lr: float = 0.0                        # learning rate where the cosine ends
@@ -50,6 +59,38 @@ class TrainConfig:
     folder: str | Path | None = None           # where checkpoints go; a run found there is continued
     save_every: int = 0                        # steps between checkpoints; 0: only at the end
     keep: int = 2                              # how many checkpoints to keep
+    timeout: int = 600                         # seconds to wait for another process before giving up
+
+    def __post_init__(self): _check(self)
+
+# %% ../../nbs/train/10_loop.ipynb #18798125
+_WHOLE = dict(steps=1, warmup=0, accumulate=1, save_every=0, keep=1, timeout=1)   # smallest value
+_REAL = ("lr", "min_lr", "weight_decay", "layer_decay", "eps", "clip_grad", "beta1", "beta2")
+
+def _check(config):
+    "Raise `ValueError` for a field whose value cannot be meant."
+    values = vars(config).copy()
+    if not isinstance(config.betas, (tuple, list)) or len(config.betas) != 2:
+        raise ValueError(f"betas: expected two numbers, got {config.betas!r}")
+    values["beta1"], values["beta2"] = config.betas
+    for name in (*_WHOLE, *_REAL):
+        value, least = values[name], _WHOLE.get(name, 0)
+        kind = Integral if name in _WHOLE else Real
+        if name == "clip_grad" and value is None: continue
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
+            words = "a whole number" if name in _WHOLE else "a finite number"
+            raise ValueError(f"{name}: expected {words} of at least {least}, got {value!r}")
+    wrong = {
+        "steps: expected less than 100 million": config.steps >= 10**8,
+        f"warmup: expected at most {config.steps}, the steps of the run": config.warmup > config.steps,
+        "betas: expected numbers from 0 up to, not including, 1": max(config.betas) >= 1,
+        "eps: expected more than 0": config.eps == 0,
+        "clip_grad: expected more than 0, or None": config.clip_grad == 0,
+        "layer_decay: expected more than 0 and at most 1": not 0 < config.layer_decay <= 1,
+        "precision: expected 'no', 'bf16' or 'fp16'": config.precision not in ("no", "bf16", "fp16"),
+        "seed: expected a whole number": not isinstance(config.seed, Integral)}
+    for message, bad in wrong.items():
+        if bad: raise ValueError(f"{message}, got {values[message.split(':')[0]]!r}")
 
 # %% ../../nbs/train/10_loop.ipynb #d9414c97
 @dataclass
@@ -64,10 +105,15 @@ class Run:
     epoch: int = 0   # where in the data: this epoch …
     batch: int = 0   # … and so many batches of it are used
     history: dict[str, list[float]] = field(default_factory=dict)
+    at: dict[str, list[int]] = field(default_factory=dict)   # curve → the step of each value
+    data: str | None = None      # fingerprint of the data, if they have one
+    callbacks: Sequence = ()     # those that this process calls
 
     def log(self, **values: float) -> None:
-        "Append one value to each curve."
-        for name, value in values.items(): self.history.setdefault(name, []).append(value)
+        "Append one value to each curve that is named; a curve need not have one for every step."
+        for name, value in values.items():
+            self.history.setdefault(name, []).append(value if isinstance(value, int) else float(value))
+            self.at.setdefault(name, []).append(self.step)
 
 # %% ../../nbs/train/10_loop.ipynb #d014ef15
 def backward(
@@ -128,26 +174,27 @@ def _stop(run, group, loss, norm, lr):
     message = f"loss {loss}, gradient norm {norm} at step {run.step + 1}, lr {lr:.2e}, clips: {clips}"
     if run.config.folder:
         run.batch -= len(group)   # this step has not happened
-        message += f". The last good state is in {_save(run)}"
+        try: message += f". The last good state is in {save_checkpoint(run)}"
+        except (FloatingPointError, OSError) as e: message += f". {e}"
     raise NonFiniteLoss(message, run.step + 1, lr, names)
-
-def _save(run):
-    path = save_checkpoint(run)
-    run.accelerator.wait_for_everyone()
-    return path
 
 # %% ../../nbs/train/10_loop.ipynb #b43e492c
 def groups(
     run: Run,                  # where to start; is moved on
     epoch_of: Callable,        # as `fixed_order` returns it
-) -> Iterator[list[dict]]:     # each a list of `accumulate` batches, or fewer at the end of an epoch
-    "The batches of one step after another, without end, from where the run stands. Raises `ValueError` for an empty loader."
+) -> Iterator[list[dict]]:     # each a list of `accumulate` batches
+    """The batches of one step after another, without end, from where the run stands.
+
+    Raises `ValueError` for a loader whose epochs are too short for a single step."""
+    size = run.config.accumulate
     while True:
         batches = epoch_of(run.epoch, run.batch)
-        while group := list(islice(batches, run.config.accumulate)):
-            run.batch += len(group)
+        while len(group := list(islice(batches, size))) == size:
+            run.batch += size
             yield group
-        if run.batch == 0: raise ValueError("the loader gave no batch")
+        if run.batch == 0:
+            if not group: raise ValueError("the loader gave no batch")
+            raise ValueError(f"accumulate: a step takes {size} batches, an epoch has {len(group)}")
         run.epoch, run.batch = run.epoch + 1, 0
 
 # %% ../../nbs/train/10_loop.ipynb #ee3e72fe
@@ -187,18 +234,51 @@ def sharded(
     for part in (*blocks(model), model): fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
 
+# %% ../../nbs/train/10_loop.ipynb #6a24fd0c
+def _accelerator(config):
+    "The processes, the device and the precision of a run."
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        raise ValueError("fit shards by itself: set shard=True, and launch without FSDP")
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
+    accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[patience],
+                              cpu=not torch.accelerator.is_available())
+    if parent_process() is not None:   # launched from a notebook: OpenMP threads do not survive a fork
+        torch.set_num_threads(1)
+    if config.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU; a CPU can use bf16")
+    return accelerator
+
+def _enter(run, loader, stack):
+    "Keep other runs out of the folder, sweep it, and go on from its newest sound checkpoint."
+    folder = run.config.folder
+    def claim():
+        stack.enter_context(locked(folder))
+        clear_drafts(folder)
+        return fingerprint(loader)
+    run.data = together(run.accelerator, claim)
+    path = resume(run)
+    if path: run.accelerator.print(f"continuing {path.name}: {run.step} of {run.config.steps} steps are done")
+
+@contextmanager
+def _waiting(run):
+    "Say in plain words that another process is gone, or does not answer."
+    try: yield
+    except RuntimeError as e:
+        lost = re.search("timed? ?out|closed by peer|reset by peer|broken pipe", str(e), re.I)
+        if run.accelerator.num_processes == 1 or not lost: raise
+        raise RunError(f"another process of this run has ended, or did not answer for "
+                       f"{run.config.timeout} s ({str(e).splitlines()[0][:200]})") from e
+
 # %% ../../nbs/train/10_loop.ipynb #71137e81
 @contextmanager
 def started(
     model: nn.Module,     # called as `model(batch)`
     config: TrainConfig,  # all numbers of the run
+    loader: Iterable[dict] | None = None,   # its data, to notice that they have changed since
 ) -> Iterator[Run]:
     "A run on its device and in its precision, continued from the last checkpoint of its folder."
     try:
-        if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true": raise ValueError("fit shards by itself: set shard=True, and launch without FSDP")
-        accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.accelerator.is_available())
-        if parent_process() is not None: torch.set_num_threads(1)   # launched from a notebook: OpenMP threads do not survive a fork
-        if config.precision == "fp16" and accelerator.device.type == "cpu": raise ValueError("fp16 needs a GPU; a CPU can use bf16")
+        accelerator = _accelerator(config)
         spread = config.shard and accelerator.num_processes > 1
         if spread: sharded(model, accelerator)   # before the optimizer sees the parameters
         parameters = param_groups(model, config.weight_decay, config.layer_decay)
@@ -207,12 +287,38 @@ def started(
         run.prepared = accelerator.prepare_model(model, evaluation_mode=spread)   # that mode: no second copy for averaging
         run.optimizer = accelerator.prepare_optimizer(optimizer)
         try:
-            if config.folder and (found := checkpoints(config.folder)):
-                load_checkpoint(run, found[-1])
-                accelerator.print(f"continuing {found[-1].name}: {run.step} of {config.steps} steps are done")
-            yield run
+            with ExitStack() as stack, _waiting(run):
+                if config.folder: _enter(run, loader, stack)
+                yield run
         finally: accelerator.unwrap_model(run.prepared, keep_fp32_wrapper=False)
     finally: AcceleratorState._reset_state(reset_partial_state=True)   # the next run may choose another precision
+
+# %% ../../nbs/train/10_loop.ipynb #320ab909
+@contextmanager
+def called(
+    run: Run,             # is told whom to call
+    callbacks: Sequence,  # all of them
+) -> Iterator[None]:
+    "Begin callbacks, and end those that have begun, whatever happens; an error at the end hides no other."
+    main, begun = run.accelerator.is_main_process, []
+    run.callbacks = [c for c in callbacks if main or c.everywhere]
+    try:
+        for callback in run.callbacks:
+            callback.on_start(run)
+            begun.append(callback)
+        yield
+    except BaseException:
+        for error in _end(begun, run): warnings.warn(f"on_end failed as well: {error!r}", stacklevel=2)
+        raise
+    for error in _end(begun, run): raise error
+
+def _end(callbacks, run):
+    "Tell all of them that the run is over; what went wrong."
+    errors = []
+    for callback in callbacks:
+        try: callback.on_end(run)
+        except Exception as e: errors.append(e)
+    return errors
 
 # %% ../../nbs/train/10_loop.ipynb #38b12a1d
 def fit(
@@ -220,20 +326,21 @@ def fit(
     loader: Iterable[dict],    # a DataLoader, or anything that can be iterated once per epoch; its batches are global
     config: TrainConfig,       # all numbers of the run
     *,
-    callbacks: Sequence = (),  # see `vfm_lab.train.callbacks`; called on the main process only
+    callbacks: Sequence = (),  # see `vfm_lab.train.callbacks` for who is called on which process
 ) -> dict[str, list[float]]:   # curves: step, every scalar the model returned, lr, grad_norm, seconds
-    "Train a module. Raises `NonFiniteLoss` when the loss or its gradient is NaN or infinite."
-    with started(model, config) as run, switched(model, config):
-        callbacks = callbacks if run.accelerator.is_main_process else ()
-        batches = groups(run, fixed_order(loader, config.seed, run.accelerator.process_index, run.accelerator.num_processes))
-        try:
-            for callback in callbacks: callback.on_start(run)
-            while run.step < config.steps:
-                start = time.perf_counter()
-                train_step(run, next(batches))
-                run.log(seconds=time.perf_counter() - start)
-                if config.folder and (run.step == config.steps or config.save_every and run.step % config.save_every == 0): _save(run)
-                for callback in callbacks: callback.on_step(run)
-        finally:
-            for callback in callbacks: callback.on_end(run)
+    """Train a module, or go on training it if `config.folder` holds a run.
+
+    Raises `NonFiniteLoss` when the loss or its gradient is NaN or infinite, `RunError` when a
+    checkpoint cannot be written or another process is gone, and `ValueError` when the folder
+    belongs to another run, or to one that is still at work."""
+    with started(model, config, loader) as run, switched(model, config), called(run, callbacks):
+        place = run.accelerator.process_index, run.accelerator.num_processes
+        batches = groups(run, fixed_order(loader, config.seed, *place))
+        while run.step < config.steps:
+            start = time.perf_counter()
+            train_step(run, next(batches))
+            run.log(seconds=time.perf_counter() - start)
+            for callback in run.callbacks: callback.on_step(run)
+            due = config.save_every and run.step % config.save_every == 0
+            if config.folder and (due or run.step == config.steps): save_checkpoint(run)
     return run.history
