@@ -355,7 +355,7 @@ def dataset(
     train: bool = True,           # random frames and crops; False: `clips` × `crops` fixed views
     clips: int = 1,               # test views along time
     crops: int = 1,               # test views in space
-    classes: list[str] | None = None,   # names of the classes, for class folders; None: the folders'
+    classes: list[str] | None = None,   # names of the classes in order; None: those that are found
 ) -> "VideoDataset":              # raises `ValueError` if there is nothing, or not what the recipe says
     "The videos of a recipe with their sampling and augmentation."
     from vfm_lab.data.datasets import VideoFolder, VideoManifest
@@ -365,7 +365,7 @@ def dataset(
     options = _views(data, train, clips, crops)
     if place == "sample": return VideoManifest(asset("clips/manifest.csv"), **options)
     if Path(place).is_dir(): return VideoFolder(place, classes=classes, **options)
-    return VideoManifest(place, data.root, **options)
+    return VideoManifest(place, data.root, classes=classes, **options)
 
 # %% ../nbs/05_recipes.ipynb #5efc4793
 def _views(data, train, clips=1, crops=1):
@@ -397,7 +397,10 @@ def steps_in_epoch(
     recipe: Recipe,                      # of a training run
     loader: "Loader | VideoShards",      # of `train_loader`
 ) -> int:                                # raises `ValueError` if there is none
-    "Whole steps of `schedule.batch` videos in one pass over the data; what is left over is left out."
+    "Whole steps of `schedule.batch` videos in one pass over the data; the rest is left out."
+    from vfm_lab.data.datasets import VideoShards, shard_plan
+    if isinstance(loader, VideoShards):   # as many as without accumulation
+        return shard_plan(loader.counts, recipe.schedule.batch, 1, max(loader.workers, 1), 0, 0)[1]
     steps = len(loader) // recipe.machine.accumulate
     if not steps:
         raise ValueError(f"{recipe.data.train}: too few videos for one step of {recipe.schedule.batch}")
@@ -406,22 +409,21 @@ def steps_in_epoch(
 # %% ../nbs/05_recipes.ipynb #1df22ee7
 def check_labels(
     recipe: "Finetune | Evaluate",     # names lists and the number of classes
-    names: list[str] | None = None,    # of the classes; None: those of the class folders of training
+    names: list[str] | None = None,    # of the classes; None: as training names them
 ) -> list[str] | None:                 # names of the classes, if they are known
-    """Read the lists of videos of a recipe; labels are 0 to K-1, class folders have known names.
+    """Read the lists of videos of a recipe: labels are 0 to K-1, and names are those of training.
 
     Raises `ValueError` naming list and line. The labels of shards are checked as they are read."""
     from vfm_lab.data.datasets import check_labels as check_items
     for train in ((True, False) if isinstance(recipe, Finetune) else (False,)):
         place = recipe.data.train if train else recipe.data.val
-        if not place or place.endswith(".json"): continue
-        videos = dataset(recipe.data, train, classes=names)
-        found = getattr(videos, "classes", None)
-        if train: names = found
-        elif found and not names and len(found) != recipe.classes:
-            raise ValueError(f"{place}: {len(found)} class folders, but {recipe.classes} classes "
-                             "whose names are not known: name them (labels), or give a list")
-        check_items(videos.items, recipe.classes, place)
+        if not place: continue
+        shards = train and place.endswith(".json")
+        videos = train_loader(recipe) if shards else dataset(recipe.data, train, classes=names)
+        if not shards: check_items(videos, recipe.classes, place, training=train)
+        if train: names = videos.classes
+    if names and len(names) != recipe.classes:
+        raise ValueError(f"{len(names)} names for {recipe.classes} classes")
     return names
 
 # %% ../nbs/05_recipes.ipynb #c6f9c299

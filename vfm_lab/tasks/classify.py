@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..data.datasets import VIDEO_SUFFIXES, load_clip
+from ..data.datasets import find_videos as videos_below, load_clip
 from ..data.reader import VideoReadError, dense_indices, sparse_indices
 from ..data.transforms import STATS
 from ..files import finite, read_json, read_text
@@ -155,10 +155,12 @@ def look(
 def find_videos(
     paths: Iterable[str | Path],  # files, and folders to search
 ) -> list[Path]:                  # files, those of a folder in alphabetical order
-    "Video files; raises `ValueError` for a path that does not exist, and for a folder without videos."
+    """Video files, hidden ones of folders left out.
+
+    Raises `ValueError` for a path that does not exist, and for a folder without videos."""
     found = []
     for path in map(Path, paths):
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES) if path.is_dir() else [path]
+        inside = videos_below(path).videos if path.is_dir() else [path]
         if not path.exists(): raise ValueError(f"{path}: no such file or folder")
         if not inside: raise ValueError(f"{path}: no video in this folder")
         found += inside
