@@ -160,7 +160,7 @@ class CLIPText(nn.Module):
     ) -> Tensor:                     # (B, out_dim), not normalised
         "Embed texts: the projected end token."
         x = self.norm(self.encode(ids, real)[-1])
-        return x[torch.arange(len(ids), device=ids.device), ids.argmax(1)] @ self.proj
+        return x[torch.arange(ids.shape[0], device=ids.device), ids.argmax(1)] @ self.proj
 
 # %% ../../nbs/models/10_clip.ipynb #089d1d5e
 class CLIP(nn.Module):

@@ -135,7 +135,7 @@ class CaptionDecoder(nn.Module):
         tokens: Tensor,  # (B, N, kv_dim) of the clip, in any order
     ) -> Tensor:         # (B, Q, D)
         "The clip in Q tokens, whatever its length."
-        q = self.query_norm(self.query_token).expand(len(tokens), -1, -1)
+        q = self.query_norm(self.query_token).expand(tokens.shape[0], -1, -1)
         return self.pool_norm(self.pool(q, self.video_norm(tokens)))
 
     def forward(
@@ -198,7 +198,7 @@ class VideoText(nn.Module):
         x = x + self.text.pos_embed[:ids.shape[1]]
         for block in self.text.blocks: x = block(x, causal=True)
         x = self.text.norm(x)
-        return x[torch.arange(len(ids), device=ids.device), ids.argmax(1)] @ self.text.proj, x
+        return x[torch.arange(ids.shape[0], device=ids.device), ids.argmax(1)] @ self.text.proj, x
 
     def encode_video(
         self,

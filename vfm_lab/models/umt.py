@@ -21,7 +21,6 @@ from ..nn.vit import VideoClassifier, VideoViT
 from ..objectives.alignment import uta_loss
 from ..tokens.masking import Source, attention_sampled_mask, clip_generators, random_mask, tube_mask
 from ..tokens.patching import visible_indices
-from ..tokens.positions import resize_positions, sincos_1d
 
 # %% ../../nbs/models/20_umt.ipynb #9e0ad429
 MASKING: dict[str, Callable[[Tensor, float, Source], Tensor]] = {  # attention (B, T, S), ratio, generator → bool (B, T·S)
@@ -137,8 +136,7 @@ class UMTClassifier(VideoClassifier):
     ):
         super().__init__(num_classes, **vit)
         self.config = dict(num_classes=num_classes, **vit)
-        native = (8, 14, 14)
-        if self.grid != native: self.pos = resize_positions(sincos_1d(8 * 14 * 14, self.dim), native, self.grid)
+        self.fix_positions(self.grid, self.dim, native=(8, 14, 14))
 
 # %% ../../nbs/models/20_umt.ipynb #5240e918
 SIZES = {"base": dict(dim=768, depth=12, heads=12), "large": dict(dim=1024, depth=24, heads=16)}

@@ -23,7 +23,7 @@ from .clip import BLOCK_OPENAI, inflate_stem, vision_from_openai, vision_from_ti
 from .videomae import head_rows
 from ..nn.attention import CrossAttention
 from ..nn.blocks import Block, Mlp, QuickGELU
-from ..tokens.patching import TubeletEmbed
+from ..tokens.patching import TubeletEmbed, check_clip
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #a9660d14
 class LocalBlock(nn.Module):
@@ -141,7 +141,8 @@ class Fusion(nn.Module):
         x: Tensor,  # (B, …), for the batch size
     ) -> Tensor:    # (B, 1, D)
         "A learned query, the same for every clip."
-        return self.query_token[[i]].expand(len(x), -1, -1)  # a copy: a view would need a gradient even under no_grad
+        query = self.query_token[[i]]      # a copy: a view would need a gradient even under no_grad
+        return query.expand(x.shape[0], -1, -1)
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #0212c968
 class Sequential(Fusion):
@@ -218,7 +219,8 @@ class MotionStem(nn.Module):
         self,
         clip: Tensor,  # (B, 3, T, H, W)
     ) -> Tensor:       # (B, N, D), N in raster order (t, h, w)
-        "Embed every second frame."
+        "Embed every second frame; raises `ValueError` for what is no batch of clips."
+        check_clip(clip)
         return self.proj(clip).flatten(2).transpose(1, 2)
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #676da49e
@@ -270,9 +272,10 @@ class UniFormerV2(nn.Module):
         keep: Iterable[int],  # numbers of blocks, increasing
     ) -> list[Tensor]:        # (B, T', 1+S, D) of each, class token first; T' is T/2 with `temporal_down`
         "Outputs of the backbone's blocks; raises `ValueError` for a clip of another size."
-        if clip.shape[3:] != (self.image_size, self.image_size): raise ValueError(f"this model reads {self.image_size}-pixel frames, got {tuple(clip.shape)}")
+        if clip.shape[3:] != (self.image_size, self.image_size):
+            raise ValueError(f"this model reads {self.image_size}-pixel frames, got {tuple(clip.shape)}")
         S, D = self.pos_embed.shape[0] - 1, self.pos_embed.shape[1]
-        x = self.patch_embed(clip).view(len(clip), -1, S, D)
+        x = self.patch_embed(clip).view(clip.shape[0], -1, S, D)   # not len: an export keeps B open
         x = torch.cat([self.cls_token.to(x.dtype).expand(*x.shape[:2], 1, D), x], 2)
         x = self.norm_pre(x + self.pos_embed.to(x.dtype))
         kept, keep = [], set(keep)

@@ -25,7 +25,7 @@ from ..nn.vit import VideoClassifier, VideoViT
 from ..objectives.reconstruction import paint, pixel_cubes, pixel_target, reconstruction_loss
 from ..tokens.masking import DECODER_MASKS, clip_generators, dual_mask
 from ..tokens.patching import Grid, unpatchify, visible_indices
-from ..tokens.positions import resize_positions, sincos_1d
+from ..tokens.positions import FixedPositions
 
 # %% ../../nbs/models/30_videomae.ipynb #66c957e8
 class PixelDecoder(nn.Module):
@@ -54,7 +54,7 @@ class PixelDecoder(nn.Module):
         return self.head(self.norm(last(x, queries=n)))
 
 # %% ../../nbs/models/30_videomae.ipynb #53a1f68c
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(FixedPositions):
     "The network of VideoMAE: an encoder for visible tokens, a decoder that writes pixels of others (VideoMAE §3)."
     def __init__(
         self,
@@ -72,7 +72,7 @@ class MaskedAutoencoder(nn.Module):
         self.decoder = PixelDecoder(decoder_dim, decoder_depth, decoder_heads, 3 * self.tubelet * self.patch**2, **shared)
         self.encoder_to_decoder = nn.Linear(self.encoder.dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
-        self.register_buffer("pos", sincos_1d(len(self.encoder.pos), decoder_dim), persistent=False)  # fixed: in no checkpoint
+        self.fix_positions(self.encoder.grid, decoder_dim)   # `pos`, in no checkpoint
         init_weights(self.encoder_to_decoder), nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def predict(
@@ -151,9 +151,7 @@ class VideoMAEClassifier(VideoClassifier):
         vit = dict(frames=16, tubelet=2) | vit
         super().__init__(num_classes, **vit)
         self.config = dict(num_classes=num_classes, pretrained_grid=pretrained_grid, **vit)
-        if pretrained_grid is not None and tuple(pretrained_grid) != self.grid:
-            t, h, w = pretrained_grid
-            self.pos = resize_positions(sincos_1d(t * h * w, self.dim), (t, h, w), self.grid)
+        self.fix_positions(self.grid, self.dim, native=pretrained_grid)
 
 # %% ../../nbs/models/30_videomae.ipynb #f35accc7
 SIZES = {"small": dict(dim=384, depth=12, heads=6), "base": dict(dim=768, depth=12, heads=12), "large": dict(dim=1024, depth=24, heads=16),

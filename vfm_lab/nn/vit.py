@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .blocks import Block, init_weights
 from ..tokens.patching import TubeletEmbed, token_grid, visible_indices
-from ..tokens.positions import sincos_1d
+from ..tokens.positions import FixedPositions
 
 # %% ../../nbs/nn/20_vit.ipynb #be0c2f27
-class VideoViT(nn.Module):
-    "Vision transformer over the visible tubelets of a clip: joint space-time attention, fixed positions, no class token (VideoMAE §3–3.3)."
+class VideoViT(FixedPositions):
+    "ViT over the visible tubelets: joint space-time attention, fixed positions (VideoMAE §3–3.3)."
     def __init__(
         self,
         image_size: int = 224,    # pixels
@@ -35,10 +35,10 @@ class VideoViT(nn.Module):
         super().__init__()
         self.grid, self.dim = token_grid(frames, (image_size, image_size), patch, tubelet), dim
         self.patch_embed = TubeletEmbed(dim, patch, tubelet)
-        t, h, w = self.grid
-        self.register_buffer("pos", sincos_1d(t * h * w, dim), persistent=False)  # fixed: in no checkpoint
+        self.fix_positions(self.grid, dim)       # `pos`, in no checkpoint
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, bias, drop_path=r, layer_scale=layer_scale, cosine=cosine) for r in rates)
+        block = dict(layer_scale=layer_scale, cosine=cosine)
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, bias, drop_path=r, **block) for r in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         self.apply(init_weights)
 
@@ -47,9 +47,11 @@ class VideoViT(nn.Module):
         clip: Tensor,                   # (B, 3, T, H, W)
         indices: Tensor | None = None,  # long (B, n) visible tokens; None: all
     ) -> Tensor:                        # (B, n, D)
-        "Tokens with their positions; only the visible tubelets are projected. Raises `ValueError` for a clip of another grid."
-        grid = token_grid(clip.shape[2], clip.shape[3:], self.patch_embed.patch, self.patch_embed.tubelet)
-        if grid != self.grid: raise ValueError(f"this model was built for a token grid {self.grid}, the clip {tuple(clip.shape)} gives {grid}")
+        "Visible tubelets, projected, with their positions; `ValueError` for a clip of another grid."
+        grid = self.patch_embed.grid(clip)
+        if grid != self.grid:
+            raise ValueError(f"this model was built for a token grid {self.grid}, "
+                             f"the clip {tuple(clip.shape)} gives {grid}")
         x = self.patch_embed(clip, indices)
         return x + (self.pos if indices is None else self.pos[indices]).to(x.dtype)
 
