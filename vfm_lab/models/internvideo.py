@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoints import CheckpointError, LoadReport, State, load_weights, read_weights, rename
-from .clip import CLIP, CLIPText, text_from_openai, tiny_clip, tiny_tokenizer
+from .checkpoints import CheckpointError, LoadReport, State, build_like, layout
+from .checkpoints import load_weights, peel, read_weights, rename
+from .clip import CLIP, CLIPText, clip_layout, text_from_openai, tiny_clip, tiny_tokenizer
 from .uniformerv2 import UniFormerV2, from_clip as backbone_from_clip, from_official as backbone_from_official
 from .videomae import VideoMAEClassifier
 from ..nn.attention import CrossAttention
@@ -462,7 +463,8 @@ def from_official(
     state: State,  # official file: `clip.*`, and maybe a caption decoder under any prefix
 ) -> State:        # for `VideoText`
     "Official keys to ours. What belongs to neither is left out, and the report of `load_weights` lists it."
-    state, at, parts = dict(state), _decoder_at(state), {}
+    state = peel(state)
+    at, parts = _decoder_at(state), {}
     if at is not None:
         mine = [k for k in state if k.startswith(at) and re.match("visual_|text_norm|multimodal_layers|predictor", k[len(at):])]
         parts["decoder."] = decoder_from_official({k[len(at):]: state.pop(k) for k in mine})
@@ -480,7 +482,13 @@ def load_official(
 ) -> tuple[VideoText, LoadReport]:  # in evaluation mode; what happened to every key
     "Build the tower that fits an official file and fill it; raises `CheckpointError` if a key is missing or does not fit."
     state = read_weights(path)
+    bare, what = peel(state), f"{path}: not a multimodal file of InternVideo"
+    if "clip.visual.conv1.weight" not in bare:
+        raise CheckpointError(f"{what}, but {clip_layout(bare) or 'another layout'}; {layout(state)}")
     try:
-        model = VideoText(**sizes_from_official(state, heads, text_heads))
-        return model.eval(), load_weights(model, state, from_official)
-    except KeyError as e: raise CheckpointError(f"{path}: no {e} here: not a multimodal file of InternVideo") from e
+        ours = from_official(bare)
+        model = build_like(VideoText, sizes_from_official(bare, heads, text_heads), ours)
+        return model.eval(), load_weights(model, state, lambda _: ours)
+    except CheckpointError as e: raise CheckpointError(f"{path}: {e}") from e
+    except (LookupError, ValueError, RuntimeError, ZeroDivisionError) as e:
+        raise CheckpointError(f"{what} ({type(e).__name__}: {e}); {layout(state)}") from e

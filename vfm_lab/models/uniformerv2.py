@@ -18,8 +18,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoints import State, registered, rename
-from .clip import BLOCK_OPENAI, inflate_stem, vision_from_openai, vision_from_timm
+from .checkpoints import State, peel, registered, rename
+from .clip import BLOCK_OPENAI, activation, inflate_stem, vision_from_openai, vision_from_timm
 from .videomae import head_rows
 from ..nn.attention import CrossAttention
 from ..nn.blocks import Block, Mlp, QuickGELU
@@ -62,8 +62,9 @@ class UniBlock(Block):
         mlp_ratio: float = 4.0,    # inner width of the MLP over D
         local: str | None = None,  # None, "single" or "double"
         drop_path: float = 0.0,    # stochastic depth
+        act: type[nn.Module] = QuickGELU,  # activation of the MLP
     ):
-        super().__init__(dim, heads, mlp_ratio, "qkv", QuickGELU, eps=1e-5, drop_path=drop_path)
+        super().__init__(dim, heads, mlp_ratio, "qkv", act, eps=1e-5, drop_path=drop_path)
         self.local1 = LocalBlock(dim, drop_path=drop_path) if local else nn.Identity()
         self.local2 = LocalBlock(dim, drop_path=drop_path) if local == "double" else nn.Identity()
 
@@ -226,6 +227,8 @@ class MotionStem(nn.Module):
 # %% ../../nbs/models/40_uniformerv2.ipynb #676da49e
 class UniFormerV2(nn.Module):
     "A CLIP image tower armed for video: local blocks inside, global blocks beside its last layers (UniFormerV2 §3)."
+    part = "vision"   # of a config.json; `load_weights` compares
+
     def __init__(
         self,
         num_classes: int = 400,                        # 0: no head
@@ -245,6 +248,7 @@ class UniFormerV2(nn.Module):
         drop_path: float = 0.0,                        # stochastic depth of the last block; grows linearly from 0
         global_drop_path: float = 0.0,                 # the same for the global blocks
         drop: float = 0.5,                             # dropout in the global MLPs and before the head
+        act: str = "quick_gelu",                       # of the CLIP it starts from, see `activation`
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -258,7 +262,8 @@ class UniFormerV2(nn.Module):
         self.pos_embed = nn.Parameter(dim ** -0.5 * torch.randn(1 + (image_size // patch) ** 2, dim))
         self.norm_pre = nn.LayerNorm(dim, eps=1e-5)
         rates = lambda top, n: [top * i / max(n - 1, 1) for i in range(n)]
-        self.blocks = nn.ModuleList(UniBlock(dim, heads, mlp_ratio, local, r) for r in rates(drop_path, depth))
+        self.blocks = nn.ModuleList(UniBlock(dim, heads, mlp_ratio, local, r, activation(act))
+                                    for r in rates(drop_path, depth))
         if frozen: self.requires_grad_(False)                                                  # what came so far is the backbone
         n = len(self.global_layers)
         self.fusion = FUSIONS[fusion](dim, global_heads or heads, rates(global_drop_path, n), mlp_ratio=mlp_ratio, drop=drop) if n else None
@@ -328,6 +333,7 @@ def from_clip(
     center: bool = True,  # the image kernel in the middle frame; False: spread evenly
 ) -> State:               # for `UniFormerV2`, to be loaded with `fresh=FRESH`
     "The backbone from an image model: the stem is inflated, the last norm and the projection stay behind."
+    state = peel(state)
     if any(k.startswith("vision.") for k in state): state = {k.removeprefix("vision."): v for k, v in state.items() if k.startswith("vision.")}
     if any(k.endswith("class_embedding") for k in state): state = vision_from_openai(state)
     elif "head.weight" in state: state = vision_from_timm(state)
@@ -385,7 +391,7 @@ def from_official(
     label_map: str | Path | Iterable[int] | None = None, # rows of the head to keep, see `read_label_map`; range(400) for K400 out of K710
 ) -> State:                                              # for `UniFormerV2`
     "Official keys to ours: names change, packed attention is split, 1×1×1 convolutions become matrices, head rows may be chosen."
-    state = rename(_OFFICIAL)(state)
+    state = rename(_OFFICIAL)(peel(state))
     for k in [k for k in state if ".local" in k and k.endswith(("reduce.weight", "expand.weight"))]: state[k] = state[k].flatten(1)
     for k in [k for k in state if ".local" in k and k.endswith("conv.weight")]: state[k] = state[k].squeeze(-1)
     for k in [k for k in state if k.startswith("fusion.") and ".attn.in_proj_" in k]:

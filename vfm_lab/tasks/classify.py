@@ -21,7 +21,8 @@ from ..data.reader import VideoReadError, dense_indices, sparse_indices
 from ..data.transforms import STATS
 from ..files import finite, read_json, read_text
 from ..models import umt, uniformerv2, videomae
-from ..models.checkpoints import CheckpointError, LoadReport, State, load_weights, read_config, read_weights
+from ..models.checkpoints import CheckpointError, LoadReport, State, build_like, layout
+from ..models.checkpoints import load_weights, peel, read_config, read_weights
 from .finetune import eval_views
 
 # %% ../../nbs/tasks/20_classify.ipynb #8c3ce0ea
@@ -55,11 +56,13 @@ def reading(
 def described(
     model: nn.Module,  # as for `reading`
     said: dict,        # what the header of its file says: see `header`
+    rows: list[int] | None = None,   # rows of the file's head that were kept; None: all
 ) -> Reading:          # what is not said there is as usual for the kind of model
     "How the classifier of a file wants to see a video."
-    return replace(reading(model), **{k: v for k, v in said.items() if k in _FIELDS})
-
-_FIELDS = {f.name for f in fields(Reading)}
+    how = replace(reading(model), **said)
+    named = len(how.classes or [])
+    if rows is not None and named: how.classes = [how.classes[r] for r in rows] if max(rows) < named else None
+    return how
 
 # %% ../../nbs/tasks/20_classify.ipynb #493671c1
 def finetuned_state(
@@ -67,10 +70,12 @@ def finetuned_state(
     rows: Iterable[int] | None = None,  # rows of the head to keep, in the order of the classes; None: all
 ) -> State:                             # for our classifier
     "Keys of whatever classifier as ours; raises `CheckpointError` if there is no head, or not so many rows in it."
+    given, state = state, peel(state)
     if any("resblocks." in k for k in state): state = uniformerv2.from_official(state)
     elif any(k.startswith("videomae.") for k in state): state = videomae.from_transformers(state)
     elif "cls_token" not in state: state = umt.classifier_from_finetuned(state)   # UMT and VideoMAE; UniFormerV2 in our names is ready
-    if "head.weight" not in state: raise CheckpointError("no classifier in it: head.weight is missing")
+    if (head := state.get("head.weight")) is None or head.ndim != 2:
+        raise CheckpointError(f"no classifier in it: head.weight is missing; {layout(given)}")
     return videomae.head_rows(state, rows)
 
 # %% ../../nbs/tasks/20_classify.ipynb #2ae318c0
@@ -80,8 +85,9 @@ def header(
     "What a weight file of this lab says about itself; raises `CheckpointError` for nonsense."
     about = read_config(file) if Path(file).suffix == ".safetensors" else {}
     name, seen = about.pop("model", None), about.pop("input", {})
-    if "classes" in about: seen = {**seen, "classes": about.pop("classes")}
     if not isinstance(seen, dict): raise CheckpointError(f"{file}: its header says input {seen!r}")
+    if "classes" in about: seen = {**seen, "classes": about.pop("classes")}
+    seen = {f.name: seen[f.name] for f in fields(Reading) if f.name in seen}
     for key, value in seen.items():
         if not _possible(key, value):
             raise CheckpointError(f"{file}: its header says {key} {str(value)[:80]!r}")
@@ -89,11 +95,10 @@ def header(
 
 def _possible(key: str, value: object) -> bool:
     "May the header of a weight file say this?"
-    if key in ("frames", "size", "stride"): return type(value) is int and value > 0
+    if key in ("frames", "size", "stride"): return type(value) is int and 0 < value <= 4096
     if key == "stats": return isinstance(value, str) and value in STATS
     if key == "sampling": return value in ("sparse", "dense", "span")
-    if key == "classes": return isinstance(value, list) and all(isinstance(n, str) for n in value)
-    return True
+    return isinstance(value, list) and all(isinstance(n, str) for n in value)   # classes
 
 # %% ../../nbs/tasks/20_classify.ipynb #1db1e3c1
 def open_classifier(
@@ -105,18 +110,18 @@ def open_classifier(
     "Build the classifier of a file, with as many classes as its head has; raises `CheckpointError` or `ValueError` naming the file."
     given, known = read_weights(file), timm.list_models(["umt_vit*", "videomae_vit*", "uniformerv2*"])
     said, about, seen = header(file)
-    if rows is not None:
-        rows, names = list(rows), seen.pop("classes", None)
-        if names and max(rows, default=0) < len(names): seen["classes"] = [names[r] for r in rows]
+    rows = None if rows is None else list(rows)
     if None not in (model, said) and model != said: raise ValueError(f"{file} holds a {said}, not a {model}")
     if (name := model or said) not in known:
         raise ValueError(f"{file}: {'it does not say which model it is for' if name is None else f'no classifier is named {name!r}'}; there are {', '.join(known)}")
     try:
         state = finetuned_state(given, rows)
-        net = timm.model_entrypoint(name)(**{**about, **(model_args or {}), "num_classes": len(state["head.weight"])})
+        args = {**about, **(model_args or {}), "num_classes": len(state["head.weight"])}
+        net = build_like(timm.model_entrypoint(name), args, state)
         report = load_weights(net, given, lambda _: state)
-    except (CheckpointError, TypeError) as e: raise CheckpointError(f"{file}: {e}") from None
-    return net.eval(), described(net, seen), report
+        return net.eval(), described(net, seen, rows), report
+    except CheckpointError as e:
+        raise CheckpointError(str(e) if str(e).startswith(str(file)) else f"{file}: {e}") from None
 
 # %% ../../nbs/tasks/20_classify.ipynb #6d052712
 def read_labels(

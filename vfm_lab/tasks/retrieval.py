@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.reader import VideoReadError, linspace_indices, read_frames
-from ..data.transforms import eval_transform
+from ..data.transforms import STATS, eval_transform
 from ..files import finite, parse_json, replacing
-from ..models.checkpoints import CheckpointError, load_weights, read_config, save_weights
+from ..models.checkpoints import CheckpointError, build_like, load_weights, peel
+from ..models.checkpoints import read_config, read_weights, save_weights
 from ..models.clip import CLIP, CLIPText, CLIPVision
 from ..models.internvideo import VideoText, load_official
 
@@ -289,13 +290,31 @@ def open_towers(
     from tokenizers import Tokenizer
     about = read_config(file) if Path(file).suffix == ".safetensors" and Path(file).is_file() else {}
     seen, own = about.pop("input", {}), about.pop("tokenizer", None)
-    if not about: model = load_official(file)[0]
-    else:
-        try: model = VideoText(**about) if "global_layers" in about["vision"] else CLIP(CLIPVision(**about["vision"]), CLIPText(**about["text"]))
-        except (KeyError, TypeError) as e: raise CheckpointError(f"{file}: no video and text tower in it ({e})") from None
-        load_weights(model, file)
+    model = _both_towers(file, about) if about else load_official(file)[0]
+    frames, stats = _as_said(file, seen)
     if not (tokenizer or own): raise ValueError(f"{file} brings no tokenizer: give --tokenizer tokenizer.json")
     try: reads = Tokenizer.from_file(str(tokenizer)) if tokenizer else Tokenizer.from_str(own)
     except Exception as e: raise ValueError(f"{tokenizer or file}: not a tokenizer ({e})") from None                     # tokenizers raises nothing narrower
     text, wrapped = model.text.config, FrameMean(model) if isinstance(model, CLIP) else model
-    return Towers(wrapped.eval(), reads, seen.get("frames", 8), model.vision.image_size, seen.get("stats", "clip"), text["context"], text["vocab"])
+    return Towers(wrapped.eval(), reads, frames, model.vision.image_size, stats, text["context"], text["vocab"])
+
+def _both_towers(file: str | Path, about: dict) -> VideoText | CLIP:
+    "The towers that the header of a file describes, filled."
+    vision, text = about.get("vision"), about.get("text")
+    if not (isinstance(vision, dict) and isinstance(text, dict)):
+        raise CheckpointError(f"{file}: no video and text tower in it; its header has {', '.join(about)}")
+    weights = read_weights(file)
+    def plain(vision, text): return CLIP(CLIPVision(**vision), CLIPText(**text))
+    try: model = build_like(VideoText if "global_layers" in vision else plain, about, peel(weights))
+    except CheckpointError as e: raise CheckpointError(f"{file}: {e}") from e
+    load_weights(model, weights)
+    return model
+
+def _as_said(file: str | Path, said: object) -> tuple[int, str]:
+    "Frames and statistics that a file asks for; raises `CheckpointError` if they cannot be."
+    if not isinstance(said, dict): raise CheckpointError(f"{file}: input in the header is {said!r}")
+    frames, stats = said.get("frames", 8), said.get("stats", "clip")
+    fine = type(frames) is int and 0 < frames <= 4096 and isinstance(stats, str) and stats in STATS
+    if not fine:
+        raise CheckpointError(f"{file}: no clip has {frames!r} frames and statistics {stats!r}")
+    return frames, stats
