@@ -490,7 +490,7 @@ def test_an_option_out_of_range_is_named(option, value, says, tmp_path, monkeypa
 
 
 HOSTILE = {
-    "deep": "[" * 30000,
+    "deep": "[" * 200000,
     "bomb": "a: &a [x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}, *{chr(97 + i)}]\n"
                                     for i in range(9)),
     "merge bomb": "a: &a {k: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [*{'a' if not i else f'b{i - 1}'}, *a, *a]}}\n"

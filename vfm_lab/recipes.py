@@ -280,12 +280,15 @@ def read_recipe(
     return recipe
 
 def _yaml(file: str | Path) -> Any:
-    "What stands in a YAML file: plain values, no objects, no texts that unfold without end."
-    text = read_text(file, limit=1 << 20)
+    "What stands in a YAML file: plain values, no objects, nothing that unfolds without end."
+    text, depth, aliases = read_text(file, limit=1 << 18), 0, 0
     try:
-        events = yaml.parse(text, yaml.SafeLoader)
-        aliases = sum(isinstance(event, yaml.AliasEvent) for event in events)
-        if aliases > 20: raise ValueError(f"{aliases} aliases, 20 are enough")
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)
+            if depth > 20: raise ValueError("more than 20 levels")
+            if aliases > 20: raise ValueError("more than 20 aliases")
         return yaml.safe_load(text)
     except Exception as e:   # numbers and dates of YAML end in all kinds of errors
         reason = str(e).splitlines() or [type(e).__name__]
