@@ -220,7 +220,7 @@ def test_a_sharded_checkpoint_goes_on_with_one(runs, tmp_path, monkeypatch):
 
 def test_what_a_run_leaves(runs, monkeypatch):
     name, folder = runs
-    left = {p.name for p in (folder / "two").iterdir()}
+    left = {p.name for p in (folder / "two").iterdir() if p.name != ".lock"}
     assert left == {"config.yaml", "history.json", "model.safetensors", "step_00000010", "step_00000020"}
     with safe_open(folder / "two/model.safetensors", "pt") as f: keys, about = list(f.keys()), json.loads(f.metadata()["config"])
     prefixes = {k.split(".")[0] for k in keys}
@@ -294,7 +294,7 @@ def test_three_stages_in_a_row(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words, says", [
-    (("finetune", "--config", "recipes/videomae_tiny_post.yaml", "--classes", 6), "sample: holds label 7, but the recipe says 6 classes"),
+    (("finetune", "--config", "recipes/videomae_tiny_post.yaml", "--classes", 6), "sample, line 8: label 6, classes are 0 to 5"),
     (("finetune", "--config", "recipes/videomae_tiny_post.yaml", "--data.val", "nowhere.csv"), "nowhere.csv: cannot be read"),
     (("finetune", "--config", "recipes/videomae_tiny.yaml"), "does not take these arguments"),
     (("eval", "--weights", "one.safetensors", "--weights-from", "videomae_pretrained"), "has no head to test"),
@@ -434,3 +434,167 @@ def test_a_broken_clip_in_a_shard(tmp_path):
     with pytest.raises(VideoReadError, match=r"00000.tar, broken.mp4"): list(VideoShards(index, 4, **small))
     batches = list(VideoShards(index, 4, on_error="skip", **small))
     assert batches[1]["name"][:2] == ["04_grow.mp4"] * 2 and "broken.mp4" in batches[1]["skipped"][0] and torch.equal(*batches[1]["clip"][:2])
+
+
+# numbers and files of recipes
+
+OUT_OF_RANGE = {
+    "machine: {keep: -1}": "machine.keep: -1, must be at least 1",
+    "machine: {keep: 0}": "machine.keep: 0, must be at least 1",
+    "machine: {save_every: -5}": "machine.save_every: -5, must be at least 0",
+    "machine: {accumulate: 0}": "machine.accumulate: 0, must be at least 1",
+    "machine: {accumulate: 3}\nschedule: {batch: 8}": "machine.accumulate: 3 does not divide schedule.batch 8",
+    "schedule: {epochs: 0}": "schedule.epochs: 0.0, must be above 0",
+    "schedule: {epochs: .inf}": "schedule.epochs: inf, must be above 0",
+    "schedule: {epochs: .nan}": "schedule.epochs: nan, must be",
+    "schedule: {base_lr: .nan}": "schedule.base_lr: nan, must be at least 0",
+    "schedule: {base_lr: -1e-3}": "schedule.base_lr: -0.001, must be",
+    "schedule: {betas: [0.9, 1.0]}": "schedule.betas: 1.0, must be at least 0 and below 1",
+    "schedule: {eps: 0}": "schedule.eps: 0.0, must be above 0",
+    "schedule: {clip_grad: 0}": "schedule.clip_grad: 0.0, must be above 0",
+    "schedule: {layer_decay: 0}": "schedule.layer_decay: 0.0, must be above 0 and at most 1",
+    "schedule: {batch: 0}": "schedule.batch: 0, must be at least 1",
+    "steps: -5": "steps: -5, must be at least 1",
+    "steps: 0": "steps: 0, must be at least 1",
+    "data: {size: 0}": "data.size: 0, must be",
+    "data: {frames: 10000000000}": "data.frames: 10000000000, must be",
+    "data: {erase: 1.5}": "data.erase: 1.5, must be at least 0 and at most 1",
+    "data: {workers: -1}": "data.workers: -1, must be at least 0",
+    "smoothing: 1": "smoothing: 1.0, must be at least 0 and below 1",
+    "mixup: -0.1": "mixup: -0.1, must be at least 0",
+    "test_crops: 2": "test_crops: expected 1 or 3",
+    "classes: 0": "classes: 0, must be at least 1",
+    "model_args: {drop_path: .nan}": "model_args.drop_path: nan, must be finite",
+    "model_args: {sizes: [1, .inf]}": "model_args.sizes",
+}
+
+
+@pytest.mark.parametrize("text", OUT_OF_RANGE, ids=lambda t: t.replace("\n", ", "))
+def test_a_number_out_of_range_is_named(text, tmp_path):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ValueError) as caught: recipes.read_recipe(tmp_path / "p.yaml", recipes.Finetune)
+    assert str(caught.value).startswith(f"{tmp_path / 'p.yaml'}: {OUT_OF_RANGE[text]}")
+
+
+@pytest.mark.parametrize("option, value, says", [
+    ("--machine.keep", "-1", "machine.keep: -1, must be at least 1"),
+    ("--schedule.epochs", "inf", "schedule.epochs: inf, must be"),
+    ("--schedule.base-lr", "nan", "schedule.base_lr: nan, must be"),
+    ("--steps", "0", "steps: 0, must be at least 1"),
+    ("--schedule.epochs", "0.01", "schedule.epochs: 0.01 of 4 steps are less than one step"),
+    ("--schedule.batch", "36", "do not fill a batch of 36")])
+def test_an_option_out_of_range_is_named(option, value, says, tmp_path, monkeypatch):
+    start = ("pretrain", "videomae", "--config", "videomae_tiny", "--out", tmp_path / "run")
+    assert says in leave(monkeypatch, *start, option, value)
+    assert not (tmp_path / "run").exists()
+
+
+HOSTILE = {
+    "deep": "[" * 200000,
+    "bomb": "a: &a [x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}, *{chr(97 + i)}]\n"
+                                    for i in range(9)),
+    "merge bomb": "a: &a {k: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [*{'a' if not i else f'b{i - 1}'}, *a, *a]}}\n"
+                                            for i in range(30)),
+    "digits": "seed: " + "9" * 5000,
+    "itself": "model_args: &m {x: *m}",
+    "bool": "a: !!bool maybe",
+    "time": "a: !!timestamp x",
+    "date": "a: 2024-13-45",
+    "no number": "a: !!int ''",
+    "object": "a: !!python/name:os.system",
+    "bytes": b"\xff\xfe\x00",
+    "list": "[]",
+    "false": "false",
+    "large": "# " + "x" * (2 << 20),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_yaml_is_one_line_that_names_the_file(name, tmp_path, monkeypatch):
+    text, file = HOSTILE[name], tmp_path / "p.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = leave(monkeypatch, "finetune", "--config", file)
+    assert said.startswith(f"vfm_lab: {file}: ") and len(said.splitlines()) == 1 and len(said) < 400
+
+
+def test_recipes_of_the_lab_have_names(tmp_path, monkeypatch):
+    "Outside of a clone there is no folder `recipes`; a file that exists wins over a name."
+    monkeypatch.chdir(tmp_path)
+    for name in ("videomae_tiny", "videomae_tiny.yaml"):
+        assert recipes.recipe_file(name).resolve() == ROOT / "recipes/videomae_tiny.yaml"
+    with pytest.raises(ValueError, match="^vidoemae_tiny: no such file.*did you mean videomae_tiny"):
+        recipes.recipe_file("vidoemae_tiny")
+    (tmp_path / "videomae_tiny").mkdir()
+    assert recipes.recipe_file("videomae_tiny").suffix == ".yaml"
+    (tmp_path / "videomae_tiny.yaml").write_text("seed: 7\n")
+    parsed = cli.parse(recipes.PretrainVideoMAE, ["--config", "videomae_tiny.yaml"], "x")
+    assert parsed.seed == 7
+
+
+# what the command says
+
+class Odd(Exception): "An error of the program."
+
+
+@pytest.mark.parametrize("error, says", [
+    (ValueError("a\x1b[2J\nb"), "vfm_lab: a\\x1b[2J; b"),
+    (FileNotFoundError(2, "No such file or directory", "x\ty"), "vfm_lab: x\\ty: No such file or directory"),
+    (VideoReadError("v.mp4: truncated"), "vfm_lab: v.mp4: truncated"),
+    (FloatingPointError("loss nan"), "vfm_lab: loss nan"),
+    (RecursionError("too deep"), "vfm_lab: too deep"),
+    (KeyboardInterrupt(), 130)])
+def test_what_main_says(error, says, monkeypatch):
+    def fails(*_): raise error
+    monkeypatch.setitem(cli.COMMANDS, "search", fails)
+    assert leave(monkeypatch, "search") == says
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
+    for error in (Odd(), KeyError("x"), TypeError("x"), RuntimeError("x"), ZeroDivisionError()):
+        def fails(*_, error=error): raise error
+        monkeypatch.setitem(cli.COMMANDS, "search", fails)
+        monkeypatch.setattr(sys, "argv", ["vfm_lab", "search"])
+        with pytest.raises(type(error)): cli.main()
+
+
+def test_an_error_in_a_worker_is_one_line(tmp_path, monkeypatch):
+    for i in range(4): (tmp_path / f"{i}.mp4").write_bytes(b"nothing")
+    (tmp_path / "l.csv").write_text("".join(f"{i}.mp4,0\n" for i in range(4)))
+    go = ("pretrain", "videomae", "--config", "videomae_tiny", "--data.train", tmp_path / "l.csv",
+          "--schedule.batch", 4, "--out", tmp_path / "run", "--data.workers", 1)
+    said = leave(monkeypatch, *go)
+    assert said.startswith(f"vfm_lab: {tmp_path}/") and ".mp4" in said and "Traceback" not in said
+
+
+def test_version_and_doctor(monkeypatch, capsys):
+    run(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"vfm_lab {cli.__version__}\n"
+    def absent(name): raise cli.metadata.PackageNotFoundError
+    monkeypatch.setattr(cli.metadata, "version", absent)
+    run(monkeypatch, "doctor")
+    said = capsys.readouterr().out
+    assert "decord       not installed (optional" in said and "av           not installed\n" in said
+
+
+def test_names_cannot_forge_lines(capsys):
+    name = "a\x1b]0;owned\x07\nfake.mp4: 1.0\u202e\x9b2J"
+    cli._answers([{"video": name, "classes": [("x\ny", 0.5)]}, {"error": f"{name}: bad"}], "video", "classes", False)
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2 and len(said.err.splitlines()) == 1
+    assert all(c.isprintable() or c == "\n" for c in said.out + said.err)
+    cli._answers([{"video": name, "classes": [("x\ny", 0.5)]}], "video", "classes", True)
+    told = capsys.readouterr().out
+    assert told.isascii() and json.loads(told)[0]["video"] == name
+    with pytest.raises(ValueError): cli._answers([{"video": "a", "classes": [("x", float("nan"))]}], "video", "classes", True)
+
+
+@pytest.mark.parametrize("place", ["pipe:touch PWNED #/index.json", "http://127.0.0.1:9/index.json", "a::b?c/index.json"])
+def test_a_name_of_data_runs_nothing(place, tmp_path, monkeypatch):
+    source = write_shards(VideoManifest(asset("clips/manifest.csv")).subset(range(8)), tmp_path / "source")
+    monkeypatch.chdir(tmp_path)
+    folder = Path(place).parent
+    shutil.copytree(source.parent, folder)
+    recipe = recipes.read_recipe(recipes.recipe_file("videomae_tiny"), recipes.PretrainVideoMAE)
+    recipe.data.train, recipe.schedule.batch = place, 4
+    assert len(list(recipes.train_loader(recipe))) == 2
+    assert not list(tmp_path.rglob("PWNED"))

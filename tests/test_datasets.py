@@ -171,7 +171,7 @@ def test_bad_manifests_name_file_and_line(clips, tmp_path, text, says):
 
 def test_manifest_that_is_no_text(clips, tmp_path):
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00\x81\x82")
-    with pytest.raises(ValueError, match="not a text file"): VideoManifest(tmp_path / "b.csv")
+    with pytest.raises(ValueError, match="b.csv: cannot be read as text"): VideoManifest(tmp_path / "b.csv")
     with pytest.raises(ValueError, match="gone.csv"): VideoManifest(tmp_path / "gone.csv")
 
 

@@ -15,6 +15,7 @@ const WIDTH = 224, FPS = 3;  // of a picture in CSS pixels; of the player
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes))
     if (name.startsWith("on")) element[name] = value;
+    else if (name === "style") element.style.cssText = value;  // a page's policy forbids style attributes
     else if (value !== undefined) element.setAttribute(name, value);
   element.append(...children);
   return element;

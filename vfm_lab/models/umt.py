@@ -21,7 +21,6 @@ from ..nn.vit import VideoClassifier, VideoViT
 from ..objectives.alignment import uta_loss
 from ..tokens.masking import Source, attention_sampled_mask, clip_generators, random_mask, tube_mask
 from ..tokens.patching import Grid, visible_indices
-from ..tokens.positions import resize_positions, sincos_1d
 
 # %% ../../nbs/models/20_umt.ipynb #9e0ad429
 MASKING: dict[str, Callable[[Tensor, float, Source], Tensor]] = {  # attention (B, T, S), ratio, generator → bool (B, T·S)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..data.datasets import view_indices
 from ..data.reader import sparse_indices
 from ..data.transforms import eval_transform, mixup
+from ..files import finite
 from .recognition import accuracy_interval, recognition_metrics
 
 # %% ../../nbs/tasks/10_finetune.ipynb #cf686880
@@ -74,7 +75,9 @@ def evaluate(
     num_classes: int,         # K
     views: int = 1,           # V, clips · crops
 ) -> dict:                    # top1, top5, interval (low, high) of top1, videos (count), confusion (K, K)
-    "Test a classifier: mean of the probabilities over the views of each video, then the metrics. Raises `ValueError` for views that `views` does not count."
+    """Test a classifier: mean of the probabilities over the views of each video, then the metrics.
+
+    Raises `ValueError` for views that `views` does not count, and for scores that are NaN."""
     training, device = model.training, next(model.parameters()).device
     metrics = recognition_metrics(num_classes).to(device)
     model.eval()
@@ -82,8 +85,9 @@ def evaluate(
         for batch in batches:
             video = batch.get("index")
             if views == 1 and video is not None and (video[1:] == video[:-1]).any(): raise ValueError("several views of one video stand side by side: say how many with `views`")
-            scores = model(batch["clip"].to(device))                                  # (B·V, K)
-            p = scores.float().softmax(-1).unflatten(0, (-1, views)).mean(1)          # (B, K)
+            scores = model(batch["clip"].to(device)).float()                          # (B·V, K)
+            for name, one in zip(batch.get("path", []), scores): finite(one, f"{name}: scores")
+            p = finite(scores, "scores").softmax(-1).unflatten(0, (-1, views)).mean(1)   # (B, K)
             metrics.update(p, batch["label"][::views].to(device))
     finally: model.train(training)
     found = {name: value.cpu() for name, value in metrics.compute().items()}

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..files import finite
+
 # %% ../../nbs/tasks/00_recognition.ipynb #05439b9d
 @torch.no_grad()
 def extract(
@@ -34,11 +36,16 @@ def knn_predict(
     k: int = 10,               # neighbours
     temperature: float = 0.07, # how much nearer neighbours count more
 ) -> Tensor:                   # (m,) predicted labels
-    "Weighted vote of the nearest training features, by cosine."
+    "Weighted vote of the nearest training features, by cosine; raises `ValueError` for NaN."
+    _features(train_x, test_x)
     sim = F.normalize(test_x, dim=-1) @ F.normalize(train_x, dim=-1).T               # (m, n)
     value, index = sim.topk(min(k, len(train_x)), 1)
     votes = torch.zeros(len(test_x), int(train_y.max()) + 1, device=sim.device)
     return votes.scatter_add_(1, train_y[index], (value / temperature).exp().to(votes)).argmax(1)
+
+def _features(train_x: Tensor, test_x: Tensor) -> None:
+    finite(train_x, "training features")
+    finite(test_x, "test features")
 
 def knn_accuracy(
     train_x: Tensor,  # (n, D)
@@ -58,7 +65,10 @@ def linear_probe(
     test_y: Tensor,      # (m,)
     l2: float = 1e-3,    # weight of the penalty λ
 ) -> float:              # share of right answers
-    "Accuracy of the best linear classifier on standardised features (L-BFGS on a convex problem)."
+    """Accuracy of the best linear classifier on standardised features.
+
+    L-BFGS on a convex problem. Raises `ValueError` for NaN."""
+    _features(train_x, test_x)
     mean, std = train_x.mean(0), train_x.std(0) + 1e-6
     a, b = (train_x - mean) / std, (test_x - mean) / std
     layer = nn.Linear(a.shape[1], int(train_y.max()) + 1).to(a)
@@ -71,7 +81,8 @@ def linear_probe(
             loss.backward()
         return loss
     optimizer.step(closure)
-    return (layer(b).argmax(1) == test_y).float().mean().item()
+    scores = finite(layer(b), "scores of the linear probe")
+    return (scores.argmax(1) == test_y).float().mean().item()
 
 # %% ../../nbs/tasks/00_recognition.ipynb #dba6dec7
 class AttentiveProbe(nn.Module):
@@ -106,7 +117,8 @@ def attentive_probe(
     lr: float = 3e-3,                         # highest learning rate; falls along a cosine
     generator: torch.Generator | None = None, # which clips each step sees; None: torch's global one
 ) -> float:                                   # share of right answers
-    "Accuracy of an `AttentiveProbe` trained on frozen tokens."
+    "Accuracy of an `AttentiveProbe` trained on frozen tokens; raises `ValueError` for NaN."
+    _features(train_x, test_x)
     probe = AttentiveProbe(train_x.shape[-1], int(train_y.max()) + 1).to(train_x)
     optimizer = torch.optim.AdamW(probe.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -117,7 +129,8 @@ def attentive_probe(
         loss.backward()
         optimizer.step()
         schedule.step()
-    with torch.no_grad(): return (probe(test_x).argmax(1) == test_y).float().mean().item()
+    with torch.no_grad(): scores = finite(probe(test_x), "scores of the attentive probe")
+    return (scores.argmax(1) == test_y).float().mean().item()
 
 # %% ../../nbs/tasks/00_recognition.ipynb #d6f3815f
 def recognition_metrics(

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ..data.reader import VideoReadError, linspace_indices, read_frames
 from ..data.transforms import STATS, eval_transform
+from ..files import finite, parse_json, replacing
 from ..models.checkpoints import CheckpointError, build_like, load_weights, peel
 from ..models.checkpoints import read_config, read_weights, save_weights
 from ..models.clip import CLIP, CLIPText, CLIPVision
@@ -75,17 +76,19 @@ class Towers:
         self,
         clip: Tensor,  # (B, 3, T, size, size), normalised
     ) -> Tensor:       # (B, E)
-        "Vectors of clips."
-        return F.normalize(self.model.encode_video(clip.to(self._device)).float(), dim=-1).cpu()
+        "Vectors of clips; raises `ValueError` for NaN."
+        vectors = self.model.encode_video(clip.to(self._device)).float().cpu()
+        return F.normalize(finite(vectors, "vectors of clips"), dim=-1)
 
     @torch.no_grad()
     def texts(
         self,
         texts: list[str],  # sentences
     ) -> Tensor:           # (n, E)
-        "Vectors of sentences; raises `ValueError`, see `token_ids`."
+        "Vectors of sentences; raises `ValueError` for NaN, and see `token_ids`."
         ids = token_ids(self.tokenizer, texts, self.context, self.vocab)
-        return F.normalize(self.model.encode_text(ids.to(self._device)).float(), dim=-1).cpu()
+        vectors = self.model.encode_text(ids.to(self._device)).float().cpu()
+        return F.normalize(finite(vectors, "vectors of sentences"), dim=-1)
 
     def video(
         self,
@@ -129,8 +132,8 @@ def search(
     videos: Tensor,  # (m, E) unit vectors
     top: int = 5,    # k, or all videos if there are fewer
 ) -> tuple[Tensor, Tensor]:  # cosines (n, k), best first; numbers of the videos (n, k)
-    "The videos nearest to each text."
-    found = (texts @ videos.T).topk(min(top, len(videos)), 1)
+    "The videos nearest to each text; raises `ValueError` for NaN."
+    found = finite(texts @ videos.T, "cosines").topk(min(top, len(videos)), 1)
     return found.values, found.indices
 
 # %% ../../nbs/tasks/30_retrieval.ipynb #e043a703
@@ -184,8 +187,8 @@ def zero_shot(
     classes: Tensor,        # (K, E) unit vectors
     scale: float | Tensor,  # factor on cosines: 100 in CLIP, `model.scale`
 ) -> Tensor:                # (n, K) probabilities
-    "How likely each class is, judged by words alone."
-    return (scale * videos @ classes.T).softmax(1)
+    "How likely each class is, judged by words alone; raises `ValueError` for NaN."
+    return finite(scale * videos @ classes.T, "scores of the classes").softmax(1)
 
 # %% ../../nbs/tasks/30_retrieval.ipynb #02d1adac
 @dataclass
@@ -200,13 +203,43 @@ def _stamp(path: str | Path) -> list[int]:
     about = Path(path).stat()
     return [about.st_size, about.st_mtime_ns]
 
+@torch.no_grad()
+def _width(towers: Towers) -> int:
+    ids = torch.tensor([[0, towers.vocab - 1]])   # the shortest text: a word and the end
+    return towers.model.encode_text(ids.to(towers._device)).shape[1]
+
+def _is_index(about: dict, vectors: Tensor) -> bool:
+    "Path and stamp of each video, and as many vectors of length 1?"
+    pairs = about.get("videos")
+    if "settings" not in about or not isinstance(pairs, list): return False
+    stamped = all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in pairs)
+    if not stamped or vectors.dtype != torch.float32 or vectors.ndim != 2: return False
+    return len(vectors) == len(pairs) and bool(((vectors.norm(dim=1) - 1).abs() < 1e-3).all())
+
+# %% ../../nbs/tasks/30_retrieval.ipynb #f49c3316
 def _stored(file: Path, settings: dict) -> dict:
-    "Path → (stamp, vector) of an index made with the same settings; raises `ValueError` for a file that is no index."
+    """Path → (stamp, vector) of an index made with the same settings.
+
+    Raises `ValueError` naming a file that is no index."""
     if not file.exists(): return {}
     try:
-        with safe_open(file, "pt") as f: about, vectors = json.loads((f.metadata() or {})["index"]), f.get_tensor("vectors")
-    except (SafetensorError, OSError, KeyError) as e: raise ValueError(f"{file}: not an index of videos") from e
-    return {p: (s, v) for (p, s), v in zip(about["videos"], vectors)} if about["settings"] == settings else {}
+        with safe_open(file, "pt") as f:
+            about = parse_json((f.metadata() or {})["index"], file, dict)
+            vectors = f.get_tensor("vectors").clone()   # not a view of a file that may change
+    except (SafetensorError, OSError, KeyError) as e:
+        raise ValueError(f"{file}: not an index of videos ({e})") from None
+    if not _is_index(about, vectors): raise ValueError(f"{file}: not an index of videos")
+    if about["settings"] != settings: return {}
+    if vectors.shape[1] != settings["width"]:
+        raise ValueError(f"{file}: vectors of {vectors.shape[1]} numbers, expected {settings['width']}")
+    return {path: (stamp, vector) for (path, stamp), vector in zip(about["videos"], vectors)}
+
+def _store(file: Path, settings: dict, kept: dict) -> None:
+    "Write an index, all at once or not at all."
+    about = {"settings": settings, "videos": [[path, stamp] for path, (stamp, _) in kept.items()]}
+    vectors = torch.stack([vector for _, vector in kept.values()])
+    with replacing(file) as draft:
+        save_file({"vectors": vectors}, draft, {"index": json.dumps(about)})
 
 # %% ../../nbs/tasks/30_retrieval.ipynb #3afe7905
 def video_index(
@@ -215,19 +248,29 @@ def video_index(
     file: str | Path,               # index, is read if it is there, and written
     weights: str | Path,            # file of the towers' weights
 ) -> VideoIndex:
-    "Vectors of videos, made only where the index does not have them; raises `ValueError` if nothing can be read."
-    if not Path(file).absolute().parent.is_dir(): raise ValueError(f"{file}: there is no such folder for the index")
-    settings = {"weights": [str(Path(weights).resolve()), *_stamp(weights)], "frames": towers.frames, "size": towers.size, "stats": towers.stats}
-    kept, paths, errors, made = _stored(Path(file), settings), [], [], 0
+    """Vectors of videos, made only where the index does not have them.
+
+    It is written after every 50 new videos, so that a stop loses little.
+    Raises `ValueError` if nothing can be read, and for a file that is no index."""
+    file = Path(file)
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{file}: there is no such folder for the index")
+    settings = {"weights": [str(Path(weights).resolve()), *_stamp(weights)], "width": _width(towers),
+                "frames": towers.frames, "size": towers.size, "stats": towers.stats}
+    kept, paths, errors, made = _stored(file, settings), [], [], 0
     for path in (str(Path(v).resolve()) for v in videos):
         try:
-            if path not in kept or kept[path][0] != _stamp(path): kept[path], made = (_stamp(path), towers.video(path)), made + 1
-            paths.append(path)
-        except (VideoReadError, OSError) as e: errors.append(str(e))
-    if not paths: raise ValueError("\n".join(["no video could be read:", *errors]))
-    if made:
-        about = {"settings": settings, "videos": [[p, s] for p, (s, _) in kept.items()]}
-        save_file({"vectors": torch.stack([v for _, v in kept.values()])}, file, {"index": json.dumps(about)})
+            stamp = _stamp(path)
+            new = path not in kept or kept[path][0] != stamp
+            if new: kept[path] = stamp, towers.video(path)
+        except (VideoReadError, OSError) as e:
+            errors.append(str(e))
+            continue
+        paths.append(path)
+        made += new
+        if new and made % 50 == 0: _store(file, settings, kept)
+    if not paths: raise ValueError("; ".join(["no video could be read", *errors]))
+    if made % 50: _store(file, settings, kept)
     return VideoIndex(paths, torch.stack([kept[p][1] for p in paths]), made, errors)
 
 # %% ../../nbs/tasks/30_retrieval.ipynb #3d72de06
