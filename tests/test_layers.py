@@ -1,4 +1,4 @@
-"""Layers under the hands of other tools: adapters, hooks, int8, empty memory, export, wrong clips."""
+"""Layers in the hands of other tools: adapters, hooks, int8, empty memory, export, wrong clips."""
 import copy
 import pickle
 import warnings
@@ -42,7 +42,7 @@ MODELS = {  # name: how it is built, how it is called
     "umt": (lambda: UMTClassifier(5, frames=4, **SIZE), lambda m: m(clips())),
     "umt student": (lambda: UMTStudent(24, 2, frames=4, **SIZE), lambda m: m(clips(), hidden())),
     "videomae": (lambda: VideoMAEClassifier(5, frames=8, **SIZE), lambda m: m(clips(8))),
-    "videomae resized": (lambda: VideoMAEClassifier(5, pretrained_grid=[8, 14, 14], frames=8, **SIZE),
+    "videomae resized": (lambda: VideoMAEClassifier(5, [8, 14, 14], frames=8, **SIZE),
                          lambda m: m(clips(8))),
     "videomae pretraining": (mae, lambda m: m(pretrain())["loss"]),
     "videomae cosine": (lambda: mae(cosine=True, layer_scale=0.1), lambda m: m(pretrain())["loss"]),
@@ -50,7 +50,8 @@ MODELS = {  # name: how it is built, how it is called
     "uniformerv2": (lambda: UniFormerV2(**UNI), lambda m: m(clips())),
     "uniformerv2 local": (lambda: UniFormerV2(local="double", temporal_down=True, **UNI),
                           lambda m: m(clips())),
-    "uniformerv2 queries": (lambda: UniFormerV2(fusion="hierarchical_q", **UNI), lambda m: m(clips())),
+    "uniformerv2 queries": (lambda: UniFormerV2(fusion="hierarchical_q", **UNI),
+                            lambda m: m(clips())),
     "clip vision": (lambda: CLIPVision(**VISION), lambda m: m(clips(1)[:, :, 0])),
     "clip teacher": (lambda: CLIPVision(**VISION), lambda m: m.teach(clips(), 2)[0]),
     "clip text": (lambda: CLIPText(**TEXT), lambda m: m(IDS)),
@@ -76,6 +77,9 @@ def layers(model):
     "Linear layers and convolutions, by name."
     kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
     return {n: m for n, m in model.named_modules() if isinstance(m, kinds)}
+
+
+def pickled(model): return pickle.loads(pickle.dumps(model))  # noqa: S301
 
 
 def near(a, b, tol=1e-5): return (a - b).abs().max() <= tol * b.abs().max()
@@ -114,11 +118,11 @@ def test_a_hook_on_every_layer_fires_once_and_the_answer_stays(name):
                                   "register_full_backward_pre_hook"])
 def test_every_kind_of_hook_counts(kind):
     torch.manual_seed(0)
-    for layer, call in ((Attention(48, 3), lambda m, x: m(x, queries=2)),
-                        (CrossAttention(48, 3), lambda m, x: m(x[:, :1], x)),
-                        (TubeletEmbed(48, 8), lambda m, x: m(clips(), torch.tensor([[0, 3], [1, 2]])))):
-        inner = layer.qkv if hasattr(layer, "qkv") else layer.kv if hasattr(layer, "kv") else layer.proj
-        fired = []
+    chosen = torch.tensor([[0, 3], [1, 2]])
+    for layer, name, call in ((Attention(48, 3), "qkv", lambda m, x: m(x, queries=2)),
+                              (CrossAttention(48, 3), "kv", lambda m, x: m(x[:, :1], x)),
+                              (TubeletEmbed(48, 8), "proj", lambda m, x: m(clips(), chosen))):
+        inner, fired = getattr(layer, name), []
         getattr(inner, kind)(lambda *_, fired=fired: fired.append(1))
         call(layer, torch.randn(2, 6, 48, requires_grad=True)).sum().backward()
         assert len(fired) == 1
@@ -135,7 +139,8 @@ def test_int8_linear_layers_run_and_are_near(name):
 
 
 @pytest.mark.parametrize("how", ["new weight norm", "old weight norm", "pruning", "own forward"])
-@pytest.mark.parametrize("name", ["umt student", "videomae pretraining", "uniformerv2", "clip teacher"])
+@pytest.mark.parametrize("name", ["umt student", "videomae pretraining", "uniformerv2",
+                                  "clip teacher"])
 def test_a_layer_that_became_something_else_is_called(name, how):
     model, call = build(name)
     plain, found = copy.deepcopy(model), layers(model)
@@ -153,7 +158,7 @@ def test_a_layer_that_became_something_else_is_called(name, how):
         if how == "pruning":
             prune.random_unstructured(layer, "weight", 0.5)
             layer.weight_mask.fill_(2)
-        if how == "own forward":                                        # as offloading to a disk does it
+        if how == "own forward":                                        # as offloading does it
             def twice(x, layer=layer):
                 bias = 0 if layer.bias is None else layer.bias.view(-1, *[1] * 3 * (x.ndim == 5))
                 return 2 * type(layer).forward(layer, x) - bias
@@ -175,11 +180,13 @@ def test_weights_that_wait_on_the_cpu_are_fetched(name):
 
 
 def test_what_is_plain():
-    assert is_plain(nn.Linear(2, 2)) and is_plain(nn.Conv3d(1, 1, 1)) and is_plain(nn.Linear(2, 2).half())
+    assert is_plain(nn.Linear(2, 2)) and is_plain(nn.Conv3d(1, 1, 1))
+    assert is_plain(nn.Linear(2, 2).half())
     class Mine(nn.Linear): pass
     shared = nn.Linear(2, 2)
     shared.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.int8), requires_grad=False)
-    for other in (Mine(2, 2), nn.Identity(), nn.Sequential(nn.Linear(2, 2)), nn.LazyLinear(2), shared):
+    many = nn.Sequential(nn.Linear(2, 2))
+    for other in (Mine(2, 2), nn.Identity(), many, nn.LazyLinear(2), shared):
         assert not is_plain(other)
 
 
@@ -215,9 +222,9 @@ def flops(call):
 def test_a_plain_layer_still_saves_what_nobody_asks_for():
     x, D = torch.randn(1, 100, 48), 48
     attention, cross, embed = Attention(48, 3), CrossAttention(48, 3), TubeletEmbed(48, 8)
-    asked = flops(lambda: attention(x, queries=4))                         # the fused kernel counts 0
+    asked = flops(lambda: attention(x, queries=4))                # the fused kernel counts 0
     assert asked == 2 * (4 + 2 * 100 + 4) * D * D                          # q; k, v; proj
-    assert flops(lambda: cross(x[:, :1], x)) == 2 * 4 * D * D              # q, W_k q, W_v mean, proj
+    assert flops(lambda: cross(x[:, :1], x)) == 2 * 4 * D * D       # q, W_k q, W_v mean, proj
     assert flops(lambda: embed(clips(), torch.zeros(2, 5, dtype=torch.long))) == 2 * 2 * 5 * D * 192
     attention.qkv.register_forward_hook(lambda *_: None)
     assert flops(lambda: attention(x, queries=4)) == 2 * (3 * 100 + 4) * D * D
@@ -239,18 +246,13 @@ TABLES = {
     "encoder": (lambda: VideoViT(32, 8, 4, dim=48, depth=1, heads=3), sincos_1d(64, 48)),
     "umt": (lambda: UMTClassifier(5, frames=4, **SIZE),
             resize_positions(sincos_1d(1568, 48), (8, 14, 14), (4, 4, 4))),
-    "umt native": (lambda: UMTClassifier(0, image_size=28, patch=2, frames=8, dim=16, depth=1, heads=1),
-                   sincos_1d(1568, 16)),
+    "umt native": (lambda: UMTClassifier(0, **dict(SIZE, image_size=112), frames=8),
+                   sincos_1d(1568, 48)),
     "videomae": (lambda: VideoMAEClassifier(5, frames=8, **SIZE), sincos_1d(64, 48)),
     "resized": (lambda: VideoMAEClassifier(5, pretrained_grid=(2, 4, 4), frames=8, **SIZE),
                 resize_positions(sincos_1d(32, 48), (2, 4, 4), (4, 4, 4))),
     "decoder": (lambda: MaskedAutoencoder(frames=8, **DECODER, **SIZE), sincos_1d(64, 24)),
 }
-
-
-def spoil(model):
-    "What may lie in new memory."
-    for b in model.buffers(): b.fill_(float("nan"))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -261,8 +263,9 @@ def test_a_table_is_right_after_every_move(name):
     assert torch.equal(model.to_empty(device="cpu").pos, table)
     assert torch.equal(model.half().pos, table.half()) and "pos" not in model.state_dict()
     assert not any("pos" == k.split(".")[-1] for k in model.state_dict())
-    for move in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.share_memory(),
-                 lambda m: m.to_empty(device="cpu"), lambda m: m.to(memory_format=torch.channels_last_3d)):
+    for move in (copy.deepcopy, pickled, lambda m: m.share_memory(),
+                 lambda m: m.to_empty(device="cpu"),
+                 lambda m: m.to(memory_format=torch.channels_last_3d)):
         model = move(make())
         assert torch.equal(model.pos, table)
         assert model.double().pos.dtype == torch.float64 and torch.equal(model.pos, table.double())
@@ -274,14 +277,14 @@ def test_a_table_is_right_after_every_move(name):
 def test_a_model_built_without_memory_gives_the_right_answer(name, road):
     model, call = build(name)
     with torch.device("meta"): empty = MODELS[name][0]().eval()
-    if road != "assigned":
-        empty.to_empty(device="cpu")
+    if road != "assigned": empty.to_empty(device="cpu")
     state = copy.deepcopy(model.state_dict())
     empty.load_state_dict(state, assign=road != "copied")
     with torch.no_grad(): assert torch.equal(call(empty), call(model))
     without_key = {n for n, _ in model.named_buffers()} - set(model.state_dict())
-    tables = {f"{n}.pos".lstrip(".") for n, m in model.named_modules() if isinstance(m, FixedPositions)}
-    assert without_key == tables                                  # no other tensor that a file leaves out
+    fixed = [n for n, m in model.named_modules() if isinstance(m, FixedPositions)]
+    tables = {f"{n}.pos".lstrip(".") for n in fixed}
+    assert without_key == tables                          # no other tensor that a file leaves out
 
 
 def test_a_table_put_in_by_hand_moves_along():
@@ -289,7 +292,7 @@ def test_a_table_put_in_by_hand_moves_along():
     net = VideoViT(32, 8, 4, dim=48, depth=1, heads=3)
     net.pos = table
     for move in (copy.deepcopy, lambda m: m.to_empty(device="cpu"), lambda m: m.double().float(),
-                 lambda m: pickle.loads(pickle.dumps(m))):
+                 pickled):
         net = move(net)
         assert torch.equal(net.pos, table) and "pos" not in net.state_dict()
     net.load_state_dict(net.state_dict(), assign=True)
@@ -301,8 +304,8 @@ def test_a_table_put_in_by_hand_moves_along():
 # ---- export
 
 
-@pytest.mark.parametrize("name", ["umt", "videomae", "videomae resized", "uniformerv2", "clip vision",
-                                  "uniformerv2 local", "uniformerv2 queries", "clip text"])
+@pytest.mark.parametrize("name", ["umt", "videomae", "videomae resized", "clip vision", "clip text",
+                                  "uniformerv2", "uniformerv2 local", "uniformerv2 queries"])
 def test_an_export_keeps_the_batch_open(name):
     model, _ = build(name)
     x = clips(8 if "videomae" in name else 4)
@@ -347,10 +350,11 @@ def test_frames_first_and_no_clips_are_refused(name):
 def test_pretraining_and_towers_refuse_them_too():
     model, student = build("videomae pretraining")[0], build("umt student")[0]
     with pytest.raises(ValueError): model({"clip": clips(8)[:0]})
-    with pytest.raises(ValueError, match="channels before frames"): model({"clip": clips(8).transpose(1, 2)})
-    with pytest.raises(ValueError): student(clips().transpose(1, 2), hidden())
+    swapped, said = clips(8).transpose(1, 2), "channels before frames"
+    with pytest.raises(ValueError, match=said): model({"clip": swapped})
+    with pytest.raises(ValueError, match=said): student(swapped, hidden())
     umt = UMT(student, build("clip vision")[0], 0.5)
-    with pytest.raises(ValueError, match="channels before frames"): umt({"clip": clips().transpose(1, 2)})
+    with pytest.raises(ValueError, match=said): umt({"clip": swapped})
     for wrong in (torch.ones(2, 64, dtype=torch.bool), torch.zeros(0, 64, dtype=torch.bool)):
         with pytest.raises(ValueError, match="leave some visible"): visible_indices(wrong)
     for grid in ((0, (32, 32)), (4, (0, 32)), (4, (32, 30))):
@@ -364,3 +368,26 @@ def test_cosine_attention_on_the_called_road():
     wanted = layer(x, queries=2), layer(x)
     layer.qkv.register_forward_pre_hook(lambda *_: None)
     assert near(layer(x, queries=2), wanted[0]) and near(layer(x), wanted[1])
+
+
+@pytest.mark.parametrize("name", ["umt", "videomae", "uniformerv2", "clip vision", "clip text"])
+def test_a_trace_keeps_the_batch_open(name):
+    model, _ = build(name)
+    x = IDS if name == "clip text" else clips(8 if name == "videomae" else 4)
+    if name == "clip vision": x = x[:, :, 0]
+    more = x.repeat(3, *[1] * (x.ndim - 1))[:5]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")              # sizes become constants: meant
+        traced = torch.jit.trace(model, (x,))
+        assert near(traced(more), model(more), 1e-6)
+
+
+def test_weights_given_for_one_call_are_used():
+    model, call = build("umt")
+    other = {n: 2 * p.detach() for n, p in model.named_parameters()}
+    wanted = copy.deepcopy(model)
+    wanted.load_state_dict(other)
+    given = torch.func.functional_call(model, other, (clips(),))
+    assert near(given, call(wanted))
+    one_each = torch.vmap(lambda clip: torch.func.functional_call(model, other, (clip[None],))[0])
+    assert near(one_each(clips()), given)

@@ -280,7 +280,8 @@ class UniFormerV2(nn.Module):
     ) -> list[Tensor]:        # (B, T', 1+S, D) of each, class token first; T' is T/2 with `temporal_down`
         "Outputs of the backbone's blocks; raises `ValueError` for a clip of another size."
         if clip.shape[3:] != (self.image_size, self.image_size):
-            raise ValueError(f"this model reads {self.image_size}-pixel frames, got {tuple(clip.shape)}")
+            raise ValueError(f"this model reads {self.image_size}-pixel frames, "
+                             f"got {tuple(clip.shape)}")
         S, D = self.pos_embed.shape[0] - 1, self.pos_embed.shape[1]
         x = self.patch_embed(clip).view(clip.shape[0], -1, S, D)   # not len: an export keeps B open
         x = torch.cat([self.cls_token.to(x.dtype).expand(*x.shape[:2], 1, D), x], 2)

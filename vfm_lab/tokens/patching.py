@@ -32,7 +32,7 @@ def check_clip(
     clip: Tensor,       # meant to be (B, C, T, H, W)
     channels: int = 3,  # C
 ) -> None:
-    "Raises `ValueError` for what is no batch of clips: other axes, frames before channels, nothing."
+    "Raises `ValueError` for what is no batch of clips: other axes, frames first, nothing."
     if clip.ndim == 5 and clip.shape[1] == channels and all(clip.shape): return
     raise ValueError(f"a batch of clips is (B, {channels}, T, H, W), channels before frames, "
                      f"and not empty; got {tuple(clip.shape)}")
@@ -95,13 +95,15 @@ def is_plain(
     layer: nn.Module,  # a layer whose weight somebody wants to use without calling it
 ) -> bool:
     "Whether weight and bias say all about a Linear or Conv3d: no adapter, hook or other storage."
-    if type(layer) not in (nn.Linear, nn.Conv3d): return False  # an adapter, int8, a parametrization
-    calls = (layer._forward_pre_hooks, layer._forward_hooks,
-             layer._backward_pre_hooks, layer._backward_hooks)
-    if any(calls) or "forward" in vars(layer): return False     # somebody listens, or stands in between
-    weight = layer.weight
-    whole = not hasattr(weight, "__tensor_flatten__")           # a part on each device, or packed numbers
-    return whole and isinstance(weight, nn.Parameter) and weight.is_floating_point()
+    if type(layer) not in (nn.Linear, nn.Conv3d): return False   # an adapter, int8, …
+    if layer._forward_hooks or layer._forward_pre_hooks: return False         # somebody listens
+    if layer._backward_hooks or layer._backward_pre_hooks: return False
+    if "forward" in vars(layer): return False                    # its weights may lie elsewhere
+    weight = layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter:                         # in an export: a stand-in, fine
+        if not isinstance(weight, nn.Parameter): return False    # computed anew in each call
+        if hasattr(weight, "__tensor_flatten__"): return False   # in packed numbers, or in parts
+    return weight.is_floating_point()
 
 # %% ../../nbs/tokens/00_patching.ipynb #7f440ac6
 class TubeletEmbed(nn.Module):
@@ -141,5 +143,5 @@ class TubeletEmbed(nn.Module):
         else: x = gather_patches(clip, indices, self.patch, self.tubelet)
         if plain: return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
         box = (self.channels, self.tubelet, self.patch, self.patch)
-        tokens = self.proj(x.flatten(0, 1).unflatten(1, box))            # each tubelet a clip of its own
+        tokens = self.proj(x.flatten(0, 1).unflatten(1, box))     # each tubelet a clip of its own
         return tokens.flatten(1).unflatten(0, x.shape[:2])
