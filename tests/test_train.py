@@ -87,7 +87,8 @@ def test_kill_while_saving(whole, tmp_path):
     code, err = toy(tmp_path, noise=0.1, accumulate=2)
     assert code == 0, err
     same_run(whole, tmp_path)
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "step_00000035", "step_00000040"]
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == [".lock", "step_00000035", "step_00000040"]
 
 
 def close_runs(one, two):
@@ -293,12 +294,14 @@ def test_an_average_is_in_every_checkpoint_or_in_none(tmp_path):
     torch.manual_seed(0)
     ema = EMA(Net())
     with pytest.raises(KeyboardInterrupt):   # a callback fails before the average has moved
-        fit(Net(), loader, TrainConfig(steps=8, folder=tmp_path, save_every=2), callbacks=[Stop(4), ema])
+        config = TrainConfig(steps=8, folder=tmp_path, save_every=2)
+        fit(Net(), loader, config, callbacks=[Stop(4), ema])
     path, = checkpoints(tmp_path)
     assert path.name == "step_00000002" and (path / "ema.safetensors").exists()
     fit(Net(), loader, TrainConfig(steps=8, folder=tmp_path / "without"))
     with pytest.raises(ValueError, match="holds no average"):
-        fit(Net(), loader, TrainConfig(steps=8, folder=tmp_path / "without"), callbacks=[EMA(Net())])
+        config = TrainConfig(steps=8, folder=tmp_path / "without")
+        fit(Net(), loader, config, callbacks=[EMA(Net())])
 
 
 def test_a_run_that_stops_at_nan_keeps_its_average(tmp_path):

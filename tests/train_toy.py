@@ -45,14 +45,15 @@ class DieIn(Callback):
         if run.step == self.step - 1: os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(folder, steps=40, accumulate=1, noise=0.0, workers=0, slow=False, die_in=0, save_every=5, poisoned=-1,
-          timeout=600):
+def train(folder, steps=40, accumulate=1, noise=0.0, workers=0, slow=False, die_in=0, save_every=5,
+          poisoned=-1, timeout=600):
     "Train and leave `history.json` (one per process) and `final.pt` in the folder."
     torch.manual_seed(0)
     model = Net(dropout=0.1 if noise else 0.0)
     loader = DataLoader(Points(noise, poisoned), batch_size=10, shuffle=True, num_workers=workers)   # the last batch of an epoch has 2
-    config = TrainConfig(steps=steps, lr=1e-2, warmup=4, clip_grad=1.0, accumulate=accumulate,
-                         folder=Path(folder) / "run", save_every=save_every, timeout=timeout)
+    config = TrainConfig(
+        steps=steps, lr=1e-2, warmup=min(4, steps), clip_grad=1.0, accumulate=accumulate,
+        folder=Path(folder) / "run", save_every=save_every, timeout=timeout)
     history = fit(model, loader, config, callbacks=[Slow()] * slow + [DieIn(die_in)] * (die_in > 0))
     leave(folder, model, history)
     return history
@@ -76,8 +77,8 @@ def tune(folder):
             share = range(run.accelerator.process_index, len(unseen), run.accelerator.num_processes)
             return evaluate(net.model, make_loader(Subset(unseen, share), 2), 8)
         return here
-    callbacks = [ema, Validate(measure(task), 2), Validate(measure(ema.model), 3, "ema_")]
-    history = fit(task, loader, TrainConfig(steps=5, lr=1e-2, timeout=60), callbacks=callbacks)
+    watch = [ema, Validate(measure(task), 2), Validate(measure(ema.model), 3, "ema_")]
+    history = fit(task, loader, TrainConfig(steps=5, lr=1e-2, timeout=60), callbacks=watch)
     leave(folder, task, history)
     return history
 
