@@ -550,7 +550,7 @@ def skip_report(
 ) -> str:
     "One line per clip or shard that could not be read, with the number of times it was met."
     lines = [f"  {message}" + (f" ({n} times)" if n > 1 else "") for message, n in sorted(Counter(skipped).items())]
-    return "\n".join([f"{len(skipped)} times something could not be read; other clips took its place:", *lines])
+    return "\n".join([f"{len(skipped)} × something could not be read; other clips took its place:", *lines])
 
 def _as_raised(error: Exception) -> Exception:
     "An error of a worker, with the message that it had there instead of that process's whole traceback."
