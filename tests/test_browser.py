@@ -344,9 +344,9 @@ def test_a_saved_page_obeys_its_own_policy(tmp_path):
     file = save_page(kind(clip, tiny_clip().vision), tmp_path/"page.html")
     evil = file.read_text(encoding="utf-8").replace("<body>", "<body><script>document.title = 'run'</script>")
     (tmp_path/"evil.html").write_text(evil, encoding="utf-8")
+    path, said = chromium(), {}
     with sync_playwright() as p:
-        browser = launch(p, chromium())
-        said = {}
+        browser = launch(p, path)
         for name in ("page.html", "evil.html"):
             page, said[name] = browser.new_page(), []
             page.on("console", lambda message, to=said[name]: to.append(message.text))
