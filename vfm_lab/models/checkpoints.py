@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'LEVELS', 'PREFIXES', 'HOLDERS', 'COUNTERS', 'ARCHIVES', 'OTHERS', 'BESIDE', 'State', 'Convert',
-           'SETTINGS', 'Said', 'LARGEST', 'TABLE', 'CheckpointError', 'Weights', 'peel', 'layout', 'unwrap',
+           'SETTINGS', 'Said', 'LARGEST', 'TABLES', 'CheckpointError', 'Weights', 'peel', 'layout', 'unwrap',
            'read_weights', 'LoadReport', 'rename', 'compare_settings', 'load_weights', 'save_weights', 'read_config',
            'build_like', 'registered']
 
@@ -42,6 +42,7 @@ class Weights(dict):
     "A state dict that remembers its file, and what was found on the way to it."
     file: Path | None = None     # where it was read
     notes: tuple[str, ...] = ()  # for the report of `load_weights`
+    aside: Mapping[str, Tensor] = {}  # counters that went with the prefixes
 
 # %% ../../nbs/models/00_checkpoints.ipynb #2e0bdeec
 def peel(
@@ -106,6 +107,7 @@ def unwrap(
     else: raise CheckpointError(f"{name}: weights more than {LEVELS} levels deep, or in themselves")
     weights = Weights(peel(_tensors(state, name), PREFIXES))
     weights.notes = tuple(notes)
+    weights.aside = {k: state[k] for k in COUNTERS if k in state and k not in weights}
     return weights
 
 # %% ../../nbs/models/00_checkpoints.ipynb #b791ed03
@@ -129,7 +131,7 @@ def _in_text(head: bytes) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "ignore").lstrip()
     if not all(c.isprintable() or c.isspace() for c in text): return "a file of no known kind"
     begins = f"it begins with {text[:30]!r}"
-    if text.startswith("<"): return f"a web page ({begins}): download the file itself"
+    if text.startswith("<"): return f"a web page ({begins}): download it again"
     return f"{'JSON' if text[:1] in ('{', '[') else 'text'} ({begins})"
 
 # %% ../../nbs/models/00_checkpoints.ipynb #296e61e2
@@ -153,7 +155,8 @@ def _sort(path: Path) -> str:
             raise CheckpointError(f"{path}: a safetensors file that is cut off: get it again")
         if named: return "safetensors"
         raise CheckpointError(f"{path}: a safetensors file by another name: call it .safetensors")
-    if what := _elsewise(head, path): raise CheckpointError(f"{path}: no weight file, but {what}")
+    what = _elsewise(head, path)
+    if what: raise CheckpointError(f"{path}: not a weight file, but {what}")
     if not named: return "torch"
     raise CheckpointError(f"{path}: a torch file called .safetensors: call it .pth")
 
@@ -183,7 +186,8 @@ def read_weights(
     "Read a weight file without running code from it; raises `CheckpointError` naming the file."
     path = Path(path)
     if not path.is_file():
-        what = "a folder, not a weight file" if path.is_dir() else "no such file"
+        what = "not a regular file" if path.exists() else "no such file"
+        if path.is_dir(): what = "a folder, not a weight file"
         raise CheckpointError(f"{path}: {what}")
     try: state = _load(path)
     except CheckpointError: raise
@@ -260,6 +264,7 @@ def _differ(tensor: Tensor, place: Tensor) -> str:
     "Why a tensor has no room in a place, from shapes and kinds alone."
     file, model = tuple(tensor.shape), tuple(place.shape)
     if file == model: file, model = _kind(tensor.dtype), _kind(place.dtype)
+    if (file, model) == ("floating numbers", "whole numbers"): return ""   # counters: see `_damage`
     return "" if file == model else f"{file} in the file, {model} in the model"
 
 # %% ../../nbs/models/00_checkpoints.ipynb #4dbe74d9
@@ -319,6 +324,7 @@ def _fit(model: nn.Module, state: State, convert: Convert, fresh: tuple[str, ...
     own = model.state_dict()
     front = next(reversed(own), "").removesuffix(next(reversed(peel(own)), ""))
     tried = []
+    aside = {k: v for k, v in getattr(state, "aside", {}).items() if k in own}
     for given in (state, peel(state)):
         try: keys = convert(given)
         except CheckpointError: raise
@@ -326,8 +332,9 @@ def _fit(model: nn.Module, state: State, convert: Convert, fresh: tuple[str, ...
             problem = f"the conversion cannot read it ({type(e).__name__}: {e}); {layout(state)}"
             continue
         for before in dict.fromkeys(("", front)):
-            tried.append(_match(model, {before + k: v for k, v in keys.items()}, fresh))
-            if tried[-1].report.loaded: return tried[-1]
+            named = {before + k: v for k, v in keys.items()} | aside
+            tried.append(_match(model, named, fresh))
+            if len(tried[-1].report.loaded) > len(aside): return tried[-1]
     if not tried: raise CheckpointError(problem)
     if not tried[0].report.clean: tried[0].report.notes.append(layout(state))
     return tried[0]
@@ -335,7 +342,9 @@ def _fit(model: nn.Module, state: State, convert: Convert, fresh: tuple[str, ...
 # %% ../../nbs/models/00_checkpoints.ipynb #f60d9d90
 def _damage(tensor: Tensor, dtype: torch.dtype) -> str:
     "What is wrong with numbers that shall have this type; one pass over them."
-    if not dtype.is_floating_point or not tensor.numel(): return ""
+    if not tensor.is_floating_point() or not tensor.numel(): return ""
+    if not dtype.is_floating_point:                     # a counter that was averaged or halved
+        return "" if (tensor == tensor.detach().to(dtype)).all() else "not whole numbers"
     x = tensor.detach().to(dtype)
     low, high = x.aminmax()
     if low.isfinite() and high.isfinite(): return ""
@@ -414,8 +423,9 @@ def compare_settings(
             theirs = said.get(at, said.get("", {}))
             silent = silent and place != "its header" and "act" not in theirs
             for key in (k for k in ours if k in theirs and theirs[k] != ours[k]):
+                name = key if place == "its header" else SETTINGS[key]
                 raise CheckpointError(
-                    f"{file}: {place} says {SETTINGS[key]} {theirs[key]!r}, but this "
+                    f"{file}: {place} says {name} {theirs[key]!r}, but this "
                     f"{type(model).__name__} has {key}={ours[key]!r}; build it with the same")
     return [model.unsaid] if file and silent else []
 
@@ -471,7 +481,7 @@ def read_config(
 
 # %% ../../nbs/models/00_checkpoints.ipynb #6d663c4d
 LARGEST = 2**20   # of the whole numbers among a model's arguments
-TABLE = 2**27     # numbers in the tables that a model computes
+TABLES = 2**22    # numbers in the tables that a model computes, beyond those in the file
 
 def _numbers(value: object) -> Iterator[int]:
     "All whole numbers in a config, however deep."
@@ -498,7 +508,7 @@ def build_like(
     state: State,                    # weights in our names, which the model must fit
 ) -> nn.Module:                      # with its first weights
     "Build a model after a look at its sizes without memory; raises `CheckpointError`."
-    if odd := [n for n in _numbers(args) if abs(n) > LARGEST]:
+    if odd := [n for n in _numbers(args) if not 0 <= n <= LARGEST]:
         raise CheckpointError(f"a size of {odd[0]} among the arguments of the model")
     try:
         with torch.device("meta"), _at_most(4 * len(state) + 1000): draft = make(**args)
@@ -507,8 +517,9 @@ def build_like(
     report = _match(draft, state).report
     if not report.clean:
         raise CheckpointError(f"state dict does not fit {type(draft).__name__}\n{report}")
-    if sum(t.numel() for t in draft.buffers()) > TABLE:
-        raise CheckpointError("its sizes ask for position tables of more than half a gigabyte")
+    held = sum(t.numel() for t in state.values() if t is not None)
+    if (asked := sum(t.numel() for t in draft.buffers())) > held + TABLES:
+        raise CheckpointError(f"its sizes ask for tables of {asked} numbers, the file has {held}")
     return make(**args)
 
 # %% ../../nbs/models/00_checkpoints.ipynb #3b09bef3

@@ -319,8 +319,8 @@ def vision_from_timm(
 ) -> State:        # our names
     "Image tower of a timm CLIP, whose projection is a head with a bias of zeros."
     state = peel(state)
-    if missing := {"head.weight", "cls_token", "pos_embed", "patch_embed.proj.weight"} - state.keys():
-        raise CheckpointError(f"not a CLIP of timm, {min(missing)} is missing: {layout(state)}")
+    for key in ("head.weight", "cls_token", "pos_embed", "patch_embed.proj.weight"):
+        if key not in state: raise CheckpointError(f"no CLIP of timm, without {key}: {layout(state)}")
     if (bias := state.pop("head.bias", None)) is not None and bias.abs().max() > 0:
         raise ValueError("head.bias is not zero: not a CLIP image tower")
     state["proj"] = state.pop("head.weight").T
