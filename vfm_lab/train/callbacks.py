@@ -26,10 +26,18 @@ from .loop import Run
 class Callback:
     "What `fit` calls while it trains. Override what you need; `run` is a `Run` of the loop."
     everywhere: bool = False   # False: called on the main process only. True: on every process
-    def on_start(self, run: Run) -> None: "Before the first step."
-    def on_step(self, run: Run) -> None: "After each optimizer step, before a checkpoint of it is saved."
-    def on_save(self, run: Run, folder: Path) -> None: "A checkpoint is being written (by the main process): add files to it."
-    def on_end(self, run: Run) -> None: "After the last step, and also when the run stops with an error."
+
+    def on_start(self, run: Run) -> None:
+        "Before the first step."
+
+    def on_step(self, run: Run) -> None:
+        "After each optimizer step, before a checkpoint of it is written."
+
+    def on_save(self, run: Run, folder: Path) -> None:
+        "The main process is writing a checkpoint into `folder`: add files of your own to it."
+
+    def on_end(self, run: Run) -> None:
+        "After the last step, and also when the run stops with an error."
 
 # %% ../../nbs/train/20_callbacks.ipynb #ec3426cc
 def _in_notebook():
@@ -71,7 +79,7 @@ class ProgressBar(Callback):
 # %% ../../nbs/train/20_callbacks.ipynb #88571fa8
 def curves_png(
     history: dict[str, list[float]],  # as `fit` returns it
-    curves: Sequence[str],            # names, one small plot each; what is not there yet stays empty
+    curves: Sequence[str],            # names, one small plot each; what is not there stays empty
     steps: int,                       # right end of the horizontal axis
     at: dict[str, list[int]] | None = None,   # the steps of each curve, `run.at`; None: every step
 ) -> bytes:                           # a PNG
@@ -82,8 +90,9 @@ def curves_png(
         y = history.get(name, [])
         x = history["step"] if at is None and y else (at or {}).get(name, [])
         if at is None and len(x) != len(y):
-            raise ValueError(f"{name}: {len(y)} values for {len(x)} steps, say which with `at=run.at`")
-        axes.plot(x, y[len(y) - len(x):], color="#0072B2", lw=1.5, marker="." if len(x) < 20 else "")
+            raise ValueError(f"{name}: {len(y)} values for {len(x)} steps, say where: at=run.at")
+        dots = "." if len(x) < 20 else ""
+        axes.plot(x, y[len(y) - len(x):], color="#0072B2", lw=1.5, marker=dots)
         axes.set(title=name, xlabel="step", xlim=(0, steps))
         axes.grid(alpha=0.3)
     file = io.BytesIO()
@@ -115,12 +124,12 @@ class LivePlot(Callback):
 
 # %% ../../nbs/train/20_callbacks.ipynb #c47beb70
 class Validate(Callback):
-    "Measure the model every so many steps and after the last one, on every process; the numbers become curves."
+    "Measure the model every so many steps, and after the last, on every process; it makes curves."
     everywhere = True
 
     def __init__(
         self,
-        measure: Callable[[Run], dict],  # run → results; each process measures its share, all get the same numbers
+        measure: Callable[[Run], dict],  # run → results, the same numbers on every process
         every: int,                      # steps
         prefix: str = "val_",            # of the curves' names
     ):
@@ -164,9 +173,10 @@ class EMA(Callback):
         if run.step == 0: return self.average.set(run.model)
         file = Path(run.config.folder) / f"step_{run.step:08d}" / "ema.safetensors"
         if not file.exists():
-            raise ValueError(f"{file.parent} holds no average of the weights: the run began without EMA")
+            raise ValueError(f"{file.parent} holds no average of the weights: it began without EMA")
         load_model(self.model, str(file))
 
     def on_step(self, run: Run) -> None: self.average.update(run.model)
 
-    def on_save(self, run: Run, folder: Path) -> None: save_model(self.model, str(folder / "ema.safetensors"))
+    def on_save(self, run: Run, folder: Path) -> None:
+        save_model(self.model, str(folder / "ema.safetensors"))

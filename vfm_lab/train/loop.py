@@ -59,7 +59,7 @@ class TrainConfig:
     folder: str | Path | None = None           # where checkpoints go; a run found there is continued
     save_every: int = 0                        # steps between checkpoints; 0: only at the end
     keep: int = 2                              # how many checkpoints to keep
-    timeout: int = 600                         # seconds to wait for another process before giving up
+    timeout: int = 600                         # seconds to wait for another process
 
     def __post_init__(self): _check(self)
 
@@ -80,14 +80,15 @@ def _check(config):
         if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
             words = "a whole number" if name in _WHOLE else "a finite number"
             raise ValueError(f"{name}: expected {words} of at least {least}, got {value!r}")
+    steps, precisions = config.steps, ("no", "bf16", "fp16")
     wrong = {
-        "steps: expected less than 100 million": config.steps >= 10**8,
-        f"warmup: expected at most {config.steps}, the steps of the run": config.warmup > config.steps,
+        "steps: expected less than 100 million": steps >= 10**8,
+        f"warmup: expected at most {steps}, the steps of the run": config.warmup > steps,
         "betas: expected numbers from 0 up to, not including, 1": max(config.betas) >= 1,
         "eps: expected more than 0": config.eps == 0,
         "clip_grad: expected more than 0, or None": config.clip_grad == 0,
         "layer_decay: expected more than 0 and at most 1": not 0 < config.layer_decay <= 1,
-        "precision: expected 'no', 'bf16' or 'fp16'": config.precision not in ("no", "bf16", "fp16"),
+        "precision: expected 'no', 'bf16' or 'fp16'": config.precision not in precisions,
         "seed: expected a whole number": not isinstance(config.seed, Integral)}
     for message, bad in wrong.items():
         if bad: raise ValueError(f"{message}, got {values[message.split(':')[0]]!r}")
@@ -112,7 +113,8 @@ class Run:
     def log(self, **values: float) -> None:
         "Append one value to each curve that is named; a curve need not have one for every step."
         for name, value in values.items():
-            self.history.setdefault(name, []).append(value if isinstance(value, int) else float(value))
+            value = value if isinstance(value, int) else float(value)
+            self.history.setdefault(name, []).append(value)
             self.at.setdefault(name, []).append(self.step)
 
 # %% ../../nbs/train/10_loop.ipynb #d014ef15
@@ -242,12 +244,14 @@ def _accelerator(config):
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
     accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[patience],
                               cpu=not torch.accelerator.is_available())
-    if parent_process() is not None:   # launched from a notebook: OpenMP threads do not survive a fork
+    if parent_process() is not None:   # launched from a notebook: a fork loses OpenMP's threads
         torch.set_num_threads(1)
     if config.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("fp16 needs a GPU; a CPU can use bf16")
     return accelerator
 
+
+# %% ../../nbs/train/10_loop.ipynb #5b7d2c10
 def _enter(run, loader, stack):
     "Keep other runs out of the folder, sweep it, and go on from its newest sound checkpoint."
     folder = run.config.folder
@@ -256,8 +260,9 @@ def _enter(run, loader, stack):
         clear_drafts(folder)
         return fingerprint(loader)
     run.data = together(run.accelerator, claim)
-    path = resume(run)
-    if path: run.accelerator.print(f"continuing {path.name}: {run.step} of {run.config.steps} steps are done")
+    if path := resume(run):
+        done = f"{run.step} of {run.config.steps} steps are done"
+        run.accelerator.print(f"continuing {path.name}: {done}")
 
 @contextmanager
 def _waiting(run):
@@ -265,8 +270,9 @@ def _waiting(run):
     try: yield
     except RuntimeError as e:
         lost = re.search("timed? ?out|closed by peer|reset by peer|broken pipe", str(e), re.I)
+        lost = lost or isinstance(e, torch.distributed.DistError)
         if run.accelerator.num_processes == 1 or not lost: raise
-        raise RunError(f"another process of this run has ended, or did not answer for "
+        raise RunError("another process of this run has ended, or did not answer for "
                        f"{run.config.timeout} s ({str(e).splitlines()[0][:200]})") from e
 
 # %% ../../nbs/train/10_loop.ipynb #71137e81
@@ -299,7 +305,7 @@ def called(
     run: Run,             # is told whom to call
     callbacks: Sequence,  # all of them
 ) -> Iterator[None]:
-    "Begin callbacks, and end those that have begun, whatever happens; an error at the end hides no other."
+    "Begin callbacks, and end those that have begun, whatever happens; the first error is raised."
     main, begun = run.accelerator.is_main_process, []
     run.callbacks = [c for c in callbacks if main or c.everywhere]
     try:
@@ -308,7 +314,7 @@ def called(
             begun.append(callback)
         yield
     except BaseException:
-        for error in _end(begun, run): warnings.warn(f"on_end failed as well: {error!r}", stacklevel=2)
+        for e in _end(begun, run): warnings.warn(f"on_end failed as well: {e!r}", stacklevel=2)
         raise
     for error in _end(begun, run): raise error
 

@@ -114,13 +114,13 @@ def fixed_order(
 
 # %% ../../nbs/train/30_resume.ipynb #314f4b4a
 class RunError(OSError):
-    "A run cannot write, or another process of it has failed; the message is one line and says which."
+    "A run cannot write, or another process of it has failed; the message is one line."
 
 def together(
     accelerator: "Accelerator",   # of the run
     work: Callable[[], Any],      # called on the main process only
 ) -> Any:                         # what `work` returned, on every process
-    "Let the main process decide for all; if it fails, every process raises, the others a `RunError`."
+    "Let the main process decide for all; if it fails, all raise, the others a `RunError`."
     found = failure = None
     if accelerator.is_main_process:
         try: found = work()
@@ -134,7 +134,7 @@ def together(
 def checkpoints(
     folder: str | Path,   # where a run keeps its checkpoints
 ) -> list[Path]:          # the complete ones, oldest first
-    "The checkpoints of a run: `step_` and eight digits, with a sound run.json and files of full length."
+    "The checkpoints of a run: `step_` and eight digits, a sound run.json, files of full length."
     return [path for path in _named(folder) if _sound(path)]
 
 def _named(folder):
@@ -149,7 +149,7 @@ def _sound(path):
     return True
 
 def _state(path):
-    "Content of run.json; raises `ValueError` or `OSError` if it, or the length of a file, is not as written."
+    "Content of run.json; raises `ValueError` or `OSError` unless all is there in full length."
     state = read_json(path / "run.json", dict, limit=1 << 32)
     own = state.pop("sha256", None)
     if own is not None and own != hashlib.sha256(json.dumps(state).encode()).hexdigest():
@@ -163,10 +163,10 @@ def _state(path):
 
 # %% ../../nbs/train/30_resume.ipynb #54cdd0ef
 def _check(state, name):
-    "Kinds and ranges of what a run.json holds; without a checksum (older versions) nothing else would notice."
+    "Kinds and ranges of a run.json; that of an older version has no checksum to tell."
     for key in ("step", "epoch", "batch"):
         if type(state.get(key)) is not int or state[key] < 0:
-            raise ValueError(f"run.json: {key} is {state.get(key)!r}, expected a whole number from 0 on")
+            raise ValueError(f"run.json: {key} is {state.get(key)!r}, expected a count")
     if name != f"step_{state['step']:08d}":
         raise ValueError(f"run.json: is about step {state['step']}")
     curves = state.setdefault("history", {}), state.setdefault("at", {})
@@ -208,8 +208,8 @@ def _write(run, weights, averages):
     folder = Path(run.config.folder)
     path = folder / f"step_{run.step:08d}"
     if path.exists(): return path
-    last = (_named(folder) or ["none yet"])[-1]
-    _finite(weights, run.model, f"the state after step {run.step} is not saved, the last good one is {last}")
+    last = f"the last good one is {(_named(folder) or ['none yet'])[-1]}"
+    _finite(weights, run.model, f"the state after step {run.step} is not saved, {last}")
     draft = folder / f".{path.name}.{os.getpid()}.draft"
     try:
         draft.mkdir(parents=True)
@@ -227,11 +227,13 @@ def _write(run, weights, averages):
 # %% ../../nbs/train/30_resume.ipynb #f43326ca
 def _fill(draft, run, weights, averages):
     "All files of a checkpoint, on the disk."
-    save_file({k: v.contiguous().clone() for k, v in weights.items()}, draft / "model.safetensors")   # tied ones too
-    scaler = run.accelerator.scaler
-    torch.save(dict(optimizer=averages, scaler=scaler and scaler.state_dict()), draft / "optimizer.pt")
+    weights = {k: v.contiguous().clone() for k, v in weights.items()}   # tied ones too
+    save_file(weights, draft / "model.safetensors")
+    scaler = run.accelerator.scaler and run.accelerator.scaler.state_dict()
+    torch.save(dict(optimizer=averages, scaler=scaler), draft / "optimizer.pt")
     for callback in run.callbacks: callback.on_save(run, draft)
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(draft.iterdir())}
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+             for file in sorted(draft.iterdir())}
     state = dict(step=run.step, epoch=run.epoch, batch=run.batch, history=_as_text(run.history),
                  at=run.at, data=run.data, config=_plain(run.config), files=files)
     own = hashlib.sha256(json.dumps(state).encode()).hexdigest()
@@ -253,7 +255,7 @@ def _sha256(file):
     return digest.hexdigest()
 
 def _finite(weights, model, then):
-    "Raise `FloatingPointError` for NaN, and for an infinite weight; a buffer may hold infinity, as masks do."
+    "Raise `FloatingPointError` for NaN, and for infinity but in buffers, where masks have it."
     buffers = {name for name, _ in model.named_buffers()}
     for name, w in weights.items():
         if w.isnan().any() or name not in buffers and w.isinf().any():
@@ -264,11 +266,15 @@ def _as_text(history):
     return {name: [v if math.isfinite(v) else str(v) for v in vs] for name, vs in history.items()}
 
 def _as_numbers(history):
-    return {name: [float(v) if isinstance(v, str) else v for v in vs] for name, vs in history.items()}
+    return {name: [float(v) if isinstance(v, str) else v for v in vs]
+            for name, vs in history.items()}
 
 def _reason(error):
     "The first line of an error, not too long, or its kind."
-    return (str(getattr(error, "strerror", None) or error).splitlines() or [""])[0][:200] or type(error).__name__
+    if isinstance(error, OSError) and isinstance(error.filename, (str, Path)):
+        return f"{Path(error.filename).name}: {error.strerror}"
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 def _room(folder):
     try: return f"; {shutil.disk_usage(folder).free // 10**6} MB free"
@@ -278,7 +284,7 @@ def _room(folder):
 def fingerprint(
     data: Any,       # a loader or a data set
 ) -> str | None:     # None: nothing is known
-    "What must not change between stop and resume: the data's own `fingerprint()`, or how many they are."
+    "What must not change until a run is resumed: the data's own `fingerprint()`, or their number."
     own = getattr(data, "fingerprint", None)
     if callable(own): return str(own())
     parts = [data.dataset] if hasattr(data, "dataset") else []
@@ -326,12 +332,14 @@ def _tensors(path, state, run):
     shapes = {name: v.shape for name, v in run.model.state_dict().items()}
     other = sorted(k for k in shapes.keys() | weights.keys()
                    if k not in shapes or k not in weights or shapes[k] != weights[k].shape)
-    if other: raise ValueError(f"model.safetensors: {other[0]} and {len(other) - 1} more do not fit the model")
+    if other:
+        more = f" and {len(other) - 1} more" if other[1:] else ""
+        raise ValueError(f"model.safetensors: does not fit the model ({other[0]}{more})")
     _finite(weights, run.model, "this is no good state")
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     return weights, saved["optimizer"], saved["scaler"]
 
-_FREE = ("folder", "save_every", "keep", "compile", "recompute", "shard", "timeout")   # change no result
+_FREE = ("folder", "save_every", "keep", "compile", "recompute", "shard", "timeout")   # no result
 def _differences(path, state, run):
     "What makes this checkpoint another run's, or nothing."
     old, new = state["config"], _plain(run.config)
@@ -342,8 +350,8 @@ def _differences(path, state, run):
         return (f"{path} belongs to another run ({'; '.join(differ)}). All numbers of a run, its "
                 f"steps included, shape its learning-rate curve: {own}")
     if run.data and state.get("data") and run.data != state["data"]:
-        return (f"{path} belongs to a run on other data ({state['data']}, now {run.data}). Resumed, "
-                f"it would be a run on neither: {own}")
+        return (f"{path} belongs to a run on other data ({state['data']}, now {run.data}). "
+                f"Resumed, it would be a run on neither: {own}")
 
 # %% ../../nbs/train/30_resume.ipynb #3ce4afec
 def _put(run, state, weights, averages, scaler):
@@ -351,16 +359,17 @@ def _put(run, state, weights, averages, scaler):
     set_model_state_dict(run.model, weights, options=_WHOLE)
     run.optimizer.zero_grad()   # torch takes an optimizer with gradients for one that has begun
     inner = _inner(run.optimizer)
-    if averages["state"]: set_optimizer_state_dict(run.model, inner, averages, options=_WHOLE)
-    for name, weight in run.model.named_parameters():   # no averages: it had no gradient yet;
-        if name not in averages["state"]: inner.state.pop(weight, None)   # torch has made a step for it
+    some = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+    if averages["state"]: set_optimizer_state_dict(run.model, inner, averages, options=some)
+    for name, weight in run.model.named_parameters():   # no averages: it had no gradient yet,
+        if name not in averages["state"]: inner.state.pop(weight, None)   # but torch made some
     if scaler: run.accelerator.scaler.load_state_dict(scaler)
     steps = state["history"].get("step", [])
     at = {name: steps for name, curve in state["history"].items() if len(curve) == len(steps)}
     run.step, run.epoch, run.batch = state["step"], state["epoch"], state["batch"]
     run.history = state["history"]
     run.at = {name: list(x) for name, x in (at | state["at"]).items()}
-    if not state["files"]: run.accelerator.print("this checkpoint has no checksums: an older version wrote it")
+    if not state["files"]: run.accelerator.print("an older version wrote this, without checksums")
 
 # %% ../../nbs/train/30_resume.ipynb #b486ea4e
 def resume(
