@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from vfm_lab.tokens.masking import attention_sampled_mask, frame_mask, random_mask, running_cell_mask, tube_mask
+from vfm_lab.tokens.masking import (attention_sampled_mask, check_dual_mask, frame_mask, random_mask,
+                                    running_cell_mask, tube_mask)
 from vfm_lab.tokens.patching import gather_patches, gather_tokens, patchify, visible_indices
 
 GRIDS = [(1, 2, 2), (2, 4, 6), (8, 14, 14), (3, 7, 5)]
@@ -76,8 +77,63 @@ def test_attention_may_be_half_precision_not_contiguous_and_partly_zero():
         assert ((~attention_sampled_mask(odd, .75)).view(3, 4, 36).sum(2) == 9).all()
     a[..., 10:] = 0
     assert not attention_sampled_mask(a, .75).view(3, 4, 36)[..., 10:].logical_not().any()  # 9 kept, all of positive attention
-    a[0, 0] = 0
-    with pytest.raises(RuntimeError): attention_sampled_mask(a, .75)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bad", [0., -.1, -1e-30, float("nan"), float("inf"), -float("inf"), 1e-60])
+@pytest.mark.parametrize("where", [(0, 0), (2, 3), (slice(None), slice(None))])
+def test_attention_that_cannot_be_drawn_from_is_refused_whatever_draws(bad, where, device):
+    a = attention((4, 6, 6), device=device).double()
+    a[where] = bad
+    sources = [None, torch.Generator().manual_seed(0)]
+    sources += [[torch.Generator().manual_seed(i) for i in range(3)]]
+    for source in sources:
+        with pytest.raises(ValueError, match="attention"):
+            attention_sampled_mask(a, .75, generator=source)
+
+
+@pytest.mark.parametrize("bad", [-.1, float("nan"), float("inf")])
+def test_one_bad_number_is_enough(bad):
+    for source in (None, [torch.Generator().manual_seed(i) for i in range(3)]):
+        a = attention((4, 6, 6))
+        a[1, 2, 3] = bad
+        with pytest.raises(ValueError, match="attention"):
+            attention_sampled_mask(a, .75, generator=source)
+
+
+def test_a_place_of_attention_zero_is_never_drawn_before_another():
+    a, ones = torch.zeros(1, 1, 4), torch.Generator().manual_seed(0)
+    a[..., 2] = 1.
+    kept = [~attention_sampled_mask(a, .75, generator=[ones])[0] for _ in range(200)]
+    assert all(k.tolist() == [False, False, True, False] for k in kept)
+
+
+def test_a_random_number_of_zero_draws_no_place_of_attention_zero(monkeypatch):
+    monkeypatch.setattr("vfm_lab.tokens.masking._rand", lambda batch, n, *_: torch.zeros(batch, n))
+    a = torch.tensor([[[0., 0., 1., 1.]]])
+    assert attention_sampled_mask(a, .5, generator=[None]).tolist() == [[True, True, False, False]]
+
+
+def test_the_running_cell_refuses_what_four_tokens_cannot_show():
+    ratios = {n / 100 for n in range(-50, 200)} | {1 / 3, .2499999, .7500001, float("nan"), 4}
+    for ratio in ratios - {.25, .5, .75}:
+        with pytest.raises(ValueError, match="0.25, 0.5 or 0.75"):
+            running_cell_mask(1, (2, 4, 4), ratio)
+        with pytest.raises(ValueError): check_dual_mask((2, 4, 4), .5, "running_cell", ratio)
+
+
+@pytest.mark.parametrize("bad", [
+    dict(ratio=0.), dict(ratio=.01), dict(ratio=1.), dict(ratio=-1.), dict(grid=(2, 3, 4)),
+    dict(decoder="random", decoder_ratio=0.), dict(decoder="random", decoder_ratio=1.),
+    dict(decoder="frame", decoder_ratio=.4), dict(decoder="frame", decoder_ratio=1.),
+    dict(decoder="random", decoder_ratio=.03), dict(decoder="tubes"), dict(decoder_ratio=.6)])
+def test_a_pair_that_teaches_nothing_is_refused(bad):
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError): check_dual_mask(**dict(grid=(2, 4, 4), ratio=.5) | bad)
+    all_hidden = dict(decoder=None, decoder_ratio=7.)                 # the ratio is not used
+    for good in (dict(), all_hidden, dict(decoder="frame"), dict(decoder="random")):
+        check_dual_mask(**dict(grid=(2, 4, 4), ratio=.5) | good)
+    assert torch.equal(torch.get_rng_state(), state)                  # asking draws nothing
 
 
 @pytest.mark.parametrize("ratio", [.25, .5, .75])

@@ -23,7 +23,7 @@ from .clip import BLOCK_OPENAI, activation, inflate_stem, vision_from_openai, vi
 from .videomae import head_rows
 from ..nn.attention import CrossAttention
 from ..nn.blocks import Block, Mlp, QuickGELU
-from ..tokens.patching import TubeletEmbed, check_clip
+from ..tokens.patching import TubeletEmbed, check_clip, token_grid
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #a9660d14
 class LocalBlock(nn.Module):
@@ -214,14 +214,16 @@ class MotionStem(nn.Module):
         patch: int,  # patch side in pixels
     ):
         super().__init__()
+        self.patch = patch
         self.proj = nn.Conv3d(3, dim, (3, patch, patch), (2, patch, patch), (1, 0, 0), bias=False)
 
     def forward(
         self,
         clip: Tensor,  # (B, 3, T, H, W)
     ) -> Tensor:       # (B, N, D), N in raster order (t, h, w)
-        "Embed every second frame; raises `ValueError` for what is no batch of clips."
+        "Embed every second frame; raises `ValueError` for what is no batch of whole patches."
         check_clip(clip)
+        token_grid(clip.shape[2], clip.shape[3:], self.patch)
         return self.proj(clip).flatten(2).transpose(1, 2)
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #676da49e
@@ -278,7 +280,8 @@ class UniFormerV2(nn.Module):
     ) -> list[Tensor]:        # (B, T', 1+S, D) of each, class token first; T' is T/2 with `temporal_down`
         "Outputs of the backbone's blocks; raises `ValueError` for a clip of another size."
         if clip.shape[3:] != (self.image_size, self.image_size):
-            raise ValueError(f"this model reads {self.image_size}-pixel frames, got {tuple(clip.shape)}")
+            raise ValueError(f"this model reads {self.image_size}-pixel frames, "
+                             f"got {tuple(clip.shape)}")
         S, D = self.pos_embed.shape[0] - 1, self.pos_embed.shape[1]
         x = self.patch_embed(clip).view(clip.shape[0], -1, S, D)   # not len: an export keeps B open
         x = torch.cat([self.cls_token.to(x.dtype).expand(*x.shape[:2], 1, D), x], 2)

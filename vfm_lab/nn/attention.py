@@ -16,14 +16,16 @@ from ..tokens.patching import is_plain
 
 # %% ../../nbs/nn/00_attention.ipynb #ab599c41
 def cut_heads(
-    x: Tensor,   # (B, n, heads·d)
-    heads: int,  # how many
-) -> Tensor:     # (B, heads, n, d)
-    "Channels cut into heads, so that each head attends alone."
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    x: Tensor,             # (B, n, parts·heads·d)
+    parts: int,            # 3 for q, k and v side by side; 2 for k and v
+    heads: int,            # how many
+) -> tuple[Tensor, ...]:   # (B, heads, n, d) for each part
+    "Channels cut into parts and these into heads, so that each head attends alone."
+    width = x.shape[2] // (parts * heads)
+    return x.reshape(*x.shape[:2], parts, heads, width).transpose(1, 3).unbind(2)
 
 class Attention(nn.Module):
-    "Multi-head self-attention over all tokens, by torch's fused kernel (Attention Is All You Need §3.2)."
+    "Multi-head self-attention by torch's fused kernel (Attention Is All You Need §3.2)."
     def __init__(
         self,
         dim: int,           # width D
@@ -45,8 +47,7 @@ class Attention(nn.Module):
         queries: int | None = None,   # only the last n tokens ask; None: all
     ) -> tuple[Tensor, Tensor, Tensor]:
         "Queries (B, heads, n, D/heads), keys and values (B, heads, N, D/heads)."
-        parts = self._borrowed(x, queries) if is_plain(self.qkv) else self._called(x, queries)
-        return tuple(cut_heads(part, self.heads) for part in parts)
+        return self._borrowed(x, queries) if is_plain(self.qkv) else self._called(x, queries)
 
     def _biases(self) -> Tensor | None:
         "Biases of q, k and v (3D,); a key that has none gets zeros."
@@ -56,17 +57,18 @@ class Attention(nn.Module):
     def _borrowed(self, x: Tensor, queries: int | None) -> tuple[Tensor, ...]:
         "By the weight alone: a bias is added on the way, and tokens that do not ask get no query."
         weight, bias, D = self.qkv.weight, self._biases(), x.shape[-1]
-        if queries is None: return F.linear(x, weight, bias).chunk(3, -1)
+        if queries is None: return cut_heads(F.linear(x, weight, bias), 3, self.heads)
         (wq, wkv), (bq, bkv) = weight.split([D, 2 * D]), (None, None)
         if bias is not None: bq, bkv = bias.split([D, 2 * D])
-        return F.linear(x[:, -queries:], wq, bq), *F.linear(x, wkv, bkv).chunk(2, -1)
+        q = cut_heads(F.linear(x[:, -queries:], wq, bq), 1, self.heads)
+        return *q, *cut_heads(F.linear(x, wkv, bkv), 2, self.heads)
 
     def _called(self, x: Tensor, queries: int | None) -> tuple[Tensor, ...]:
         "By the layer, whatever it has become."
         y = self.qkv(x)
         if self.q_bias is not None: y = y + self._biases().to(y.dtype)
-        q, k, v = y.chunk(3, -1)
-        return (q if queries is None else q[:, -queries:]), k, v
+        q, k, v = cut_heads(y, 3, self.heads)
+        return (q if queries is None else q[:, :, -queries:]), k, v
 
     def forward(
         self,
@@ -94,7 +96,7 @@ def attention_row(
 
 # %% ../../nbs/nn/00_attention.ipynb #5562c6b6
 class CrossAttention(nn.Module):
-    "Tokens x ask, other tokens y answer; few queries work on y itself, without its keys and values."
+    "Tokens x ask, tokens y answer; few queries work on y itself, without its keys and values."
     def __init__(
         self,
         dim: int,                   # width D of the tokens that ask, and of the answer
@@ -114,17 +116,17 @@ class CrossAttention(nn.Module):
         mask: Tensor | None = None,  # bool, broadcasts to (B, heads, n, N); True = may attend
     ) -> Tensor:                     # (B, n, D)
         "Let every token of x attend to all of y, then mix the heads."
-        q = cut_heads(self.q(x), self.heads)                            # (B, heads, n, d)
+        q, = cut_heads(self.q(x), 1, self.heads)                        # (B, heads, n, d)
         few = q.shape[2] < q.shape[3]
         if few and is_plain(self.kv): return self.proj(self._read(q, y, mask))
-        k, v = (cut_heads(z, self.heads) for z in self.kv(y).chunk(2, -1))
+        k, v = cut_heads(self.kv(y), 2, self.heads)                     # (B, heads, N, d) each
         answer = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.proj(answer.transpose(1, 2).flatten(2))
 
     def _read(self, q: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-        "The same, one head as wide as y for all queries: key weights move to q, value weights behind."
+        "The same, one head as wide as y: key weights move to the queries, value weights behind."
         B, h, n, d = q.shape
-        wk, wv = self.kv.weight.unflatten(0, (2, h, d))                 # (heads, d, kv_dim) each
+        wk, wv = self.kv.weight.view(2, h, d, -1).unbind(0)             # (heads, d, kv_dim) each
         q = torch.einsum("bhnd,hde->bhne", q, wk).flatten(1, 2)         # (B, heads·n, kv_dim)
         if mask is not None: mask = mask.expand(B, h, n, y.shape[1]).flatten(1, 2)[:, None]
         q, y = q[:, None], y[:, None]                                   # one head

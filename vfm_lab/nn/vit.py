@@ -37,8 +37,8 @@ class VideoViT(FixedPositions):
         self.patch_embed = TubeletEmbed(dim, patch, tubelet)
         self.fix_positions(self.grid, dim)       # `pos`, in no checkpoint
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        block = dict(layer_scale=layer_scale, cosine=cosine)
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, bias, drop_path=r, **block) for r in rates)
+        block = dict(mlp_ratio=mlp_ratio, bias=bias, layer_scale=layer_scale, cosine=cosine)
+        self.blocks = nn.ModuleList(Block(dim, heads, drop_path=r, **block) for r in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6) if final_norm else nn.Identity()
         self.apply(init_weights)
 
@@ -47,7 +47,7 @@ class VideoViT(FixedPositions):
         clip: Tensor,                   # (B, 3, T, H, W)
         indices: Tensor | None = None,  # long (B, n) visible tokens; None: all
     ) -> Tensor:                        # (B, n, D)
-        "Visible tubelets, projected, with their positions; `ValueError` for a clip of another grid."
+        "Visible tubelets, projected, with their positions; `ValueError` for another grid."
         grid = self.patch_embed.grid(clip)
         if grid != self.grid:
             raise ValueError(f"this model was built for a token grid {self.grid}, "

@@ -89,10 +89,10 @@ def mask_from_order(
 def check_attention(
     attention: Tensor,  # (B, t, h·w)
 ) -> None:
-    "Raises `ValueError` unless every row can be drawn from: nothing negative, a finite sum above 0."
+    "Raises `ValueError` unless every row can be drawn from: not negative, a finite sum above 0."
     total = attention.sum(-1)
     if (attention >= 0).all() & (total > 0).all() & total.isfinite().all(): return
-    raise ValueError("attention to sample from is finite, not negative and not zero in a whole frame; "
+    raise ValueError("attention to sample from is finite, not negative, not zero in a whole frame; "
                      f"got {attention.min().item()} to {attention.max().item()}, "
                      f"{(total == 0).sum().item()} frames of zeros")
 
@@ -125,11 +125,11 @@ def running_cell_mask(
     generator: Source = None,           # one, one per clip, or None: torch's global one
     device: torch.device | str = "cpu", # where the mask is made
 ) -> Tensor:                            # bool (B, N), True = not decoded
-    "A 2×2 cell that turns with time, tiled (VideoMAE V2 §3); `ValueError` for other ratios, odd grids."
+    "A 2×2 cell that turns with time, tiled (VideoMAE V2 §3); `ValueError` for impossible ones."
     t, h, w = grid
     if h % 2 or w % 2: raise ValueError(f"a running cell needs even rows and columns, got {h}×{w}")
     if 4 * ratio not in (1, 2, 3):
-        raise ValueError(f"a 2×2 cell leaves out 1, 2 or 3 of its 4 tokens: ratio 0.25, 0.5 or 0.75, "
+        raise ValueError("a 2×2 cell leaves out 1, 2 or 3 of its 4 tokens: ratio 0.25, 0.5 or 0.75, "
                          f"got {ratio} (the official code rounds down)")
     queue = torch.arange(4, device=device) < 4 * ratio
     if phase is None: start = (_rand(batch, 1, generator, device) * 4).long()  # (B, 1)
@@ -175,4 +175,5 @@ def check_dual_mask(
     "Raises `ValueError` for masks that a model cannot be trained with: they hide nothing, or all."
     pair = dual_mask(1, grid, ratio, decoder, decoder_ratio, generator=Generator())
     for what, share, mask in zip(("mask_ratio", "decoder_ratio"), (ratio, decoder_ratio), pair):
-        if not mask.any(): raise ValueError(f"{what} {share} leaves out none of {mask.numel()} tokens")
+        if not mask.any():
+            raise ValueError(f"{what} {share} leaves out none of {mask.numel()} tokens")

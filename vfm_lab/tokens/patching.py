@@ -22,20 +22,20 @@ def token_grid(
     tubelet: int = 1,       # frames per token
 ) -> Grid:                  # (t, h, w) tokens along each axis
     "Tokens along time, rows and columns; raises `ValueError` for what is not whole tubelets."
-    (h, w), (t, rest) = size, divmod(frames, tubelet)
-    if rest or h % patch or w % patch or not (t and h and w):
+    h, w = size
+    if frames % tubelet or h % patch or w % patch or not (frames and h and w):
         raise ValueError(f"a clip of {frames} frames at {h}×{w} does not divide into tubelets of "
                          f"{tubelet}×{patch}×{patch}")
-    return t, h // patch, w // patch
+    return frames // tubelet, h // patch, w // patch
 
 def check_clip(
     clip: Tensor,       # meant to be (B, C, T, H, W)
     channels: int = 3,  # C
 ) -> None:
-    "Raises `ValueError` for what is no batch of clips: other axes, frames before channels, none at all."
-    if clip.ndim == 5 and clip.shape[1] == channels and clip.shape[0]: return
+    "Raises `ValueError` for what is no batch of clips: other axes, frames first, nothing."
+    if clip.ndim == 5 and clip.shape[1] == channels and all(clip.shape): return
     raise ValueError(f"a batch of clips is (B, {channels}, T, H, W), channels before frames, "
-                     f"with at least one clip; got {tuple(clip.shape)}")
+                     f"and not empty; got {tuple(clip.shape)}")
 
 # %% ../../nbs/tokens/00_patching.ipynb #a5a18335
 def patchify(
@@ -95,13 +95,15 @@ def is_plain(
     layer: nn.Module,  # a layer whose weight somebody wants to use without calling it
 ) -> bool:
     "Whether weight and bias say all about a Linear or Conv3d: no adapter, hook or other storage."
-    if type(layer) not in (nn.Linear, nn.Conv3d): return False  # an adapter, int8, a parametrization
-    calls = (layer._forward_pre_hooks, layer._forward_hooks,
-             layer._backward_pre_hooks, layer._backward_hooks)
-    if any(calls) or "forward" in vars(layer): return False     # somebody listens, or stands in between
-    weight = layer.weight
-    whole = not hasattr(weight, "__tensor_flatten__")           # a part on each device, or packed numbers
-    return whole and isinstance(weight, nn.Parameter) and weight.is_floating_point()
+    if type(layer) not in (nn.Linear, nn.Conv3d): return False   # an adapter, int8, …
+    if layer._forward_hooks or layer._forward_pre_hooks: return False         # somebody listens
+    if layer._backward_hooks or layer._backward_pre_hooks: return False
+    if "forward" in vars(layer): return False                    # its weights may lie elsewhere
+    weight = layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter:                         # in an export: a stand-in, fine
+        if not isinstance(weight, nn.Parameter): return False    # computed anew in each call
+        if hasattr(weight, "__tensor_flatten__"): return False   # in packed numbers, or in parts
+    return weight.is_floating_point()
 
 # %% ../../nbs/tokens/00_patching.ipynb #7f440ac6
 class TubeletEmbed(nn.Module):
@@ -135,10 +137,11 @@ class TubeletEmbed(nn.Module):
         "Embed the visible tubelets; raises `ValueError` as `grid` does."
         self.grid(clip)
         plain = is_plain(self.proj)
-        if indices is None and not plain: return self.proj(clip).flatten(2).transpose(1, 2)
+        if indices is None and not plain:
+            return self.proj(clip).flatten(2).transpose(1, 2).contiguous()
         if indices is None: x = patchify(clip, self.patch, self.tubelet)
         else: x = gather_patches(clip, indices, self.patch, self.tubelet)
         if plain: return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
         box = (self.channels, self.tubelet, self.patch, self.patch)
-        tokens = self.proj(x.flatten(0, 1).unflatten(1, box))            # each tubelet a clip of its own
+        tokens = self.proj(x.flatten(0, 1).unflatten(1, box))     # each tubelet a clip of its own
         return tokens.flatten(1).unflatten(0, x.shape[:2])
