@@ -133,6 +133,11 @@ def test_best_stream_is_the_larger_one_when_neither_is_the_default(folder):
         frames = quiet_read(path, [0, 30, 7], backend=backend)
         assert frames.shape[1:] == (128, 192, 3) and numbers(frames) == [255, 225, 248]
 
+class Spied:
+    "A packet that tells when it is decoded."
+    def __init__(self, packet, decode): self.packet, self.decode = packet, lambda: decode(packet)
+    def __getattr__(self, name): return getattr(self.packet, name)
+
 @pytest.mark.parametrize("name, codec", {"few frames h264.mp4": "libx264", "few frames mpeg4.mp4": "mpeg4"}.items())
 def test_only_what_is_needed_is_decoded(folder, name, codec):
     path, decoded = write(folder / name, codec=codec, bf=0 if codec == "mpeg4" else 2,
@@ -143,7 +148,7 @@ def test_only_what_is_needed_is_decoded(folder, name, codec):
             frames = p.decode()
             decoded.extend(index.pts.index(f.pts) for f in frames)
             return frames
-        packets = lambda s: (SimpleNamespace(pts=p.pts, decode=lambda p=p: decode(p)) for p in container.demux(s))
+        packets = lambda s: (Spied(p, decode) for p in container.demux(s))
         spy = SimpleNamespace(seek=container.seek, demux=packets)
         got = [f.pts for f in reader.wanted_frames(path, spy, stream, index, [14, 16, 37])]
     assert got == [index.pts[i] for i in (14, 16, 37)] and [index.pts.index(k) for k, _ in index.keys] == [0, 12, 24, 36]

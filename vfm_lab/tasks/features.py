@@ -7,7 +7,8 @@ __all__ = ['PREPROCESS', 'window_starts', 'squeeze', 'windows', 'extract_feature
 
 # %% ../../nbs/tasks/60_features.ipynb #dcb99bde
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.reader import probe, read_frames
+from ..data.reader import FrameIndex, check_size, iter_frames, open_index
 from ..data.transforms import eval_transform, to_clip
+from ..files import finite, parse_json, replacing
 
 # %% ../../nbs/tasks/60_features.ipynb #65aa4793
 def window_starts(
@@ -43,18 +45,23 @@ PREPROCESS = {"eval": lambda frames, size, stats="imagenet": eval_transform(size
 
 # %% ../../nbs/tasks/60_features.ipynb #51da6304
 def windows(
-    source: str | Path | bytes,  # a video
-    starts: list[int],           # first frames, increasing
-    window: int,                 # frames in a window
-    batch: int,                  # windows at a time
-) -> Iterator[Tensor]:           # uint8 (b, window, H, W, 3); raises `VideoReadError`
-    "Stretches of a video cut into windows; each stretch is decoded once."
-    length = probe(source).frames
-    for i in range(0, len(starts), batch):
-        some = starts[i:i + batch]
-        wanted = np.minimum(np.arange(some[0], some[-1] + window), length - 1)
-        stretch = read_frames(source, wanted)
-        yield torch.stack([stretch[s - some[0]:s - some[0] + window] for s in some])
+    source: str | Path | bytes,        # a video
+    starts: list[int],                 # first frames, increasing
+    offsets: Sequence[int],            # the frames of a window, counted from its first, increasing
+    index: FrameIndex | None = None,   # of `open_index`, to read the packets only once
+) -> Iterator[Tensor]:                 # uint8 (T, H, W, 3), one per window; raises `VideoReadError`
+    "Windows of a video, in order; a frame that several of them share is decoded once."
+    index = index or open_index(source)
+    wanted = np.minimum(np.add.outer(starts, offsets), index.info.frames - 1)
+    numbers = np.unique(wanted)
+    first, last = (np.searchsorted(numbers, wanted[:, end]) for end in (0, -1))
+    check_size(source, int((last - first).max()) + 1, index.info)
+    passing = zip(numbers.tolist(), iter_frames(source, numbers, index=index))
+    held = {}
+    for window in wanted.tolist():
+        held = {i: frame for i, frame in held.items() if i >= window[0]}
+        while window[-1] not in held: held.update([next(passing)])
+        yield torch.stack([held[i] for i in window])
 
 # %% ../../nbs/tasks/60_features.ipynb #33a3cf4d
 @torch.no_grad()
@@ -70,41 +77,70 @@ def extract_features(
     batch: int = 8,                      # windows at a time
     device: torch.device | str = "cpu",  # where `encode` works
 ) -> dict[str, Tensor]:                  # "features" (n, D) float; "seconds" (n, 2): start and end; "frames" (n, 2): first, last
-    "Features of sliding windows of a video; raises `VideoReadError`, and `ValueError` for an unknown preprocessing."
-    if preprocess not in PREPROCESS: raise ValueError(f"preprocess is one of {', '.join(PREPROCESS)}, got {preprocess!r}")
-    info = probe(source)
-    starts = window_starts(info.frames, window, stride)
-    picked = torch.from_numpy(np.linspace(0, window - 1, frames or window).round().astype(np.int64))
-    out = []
-    for some in windows(source, starts, window, batch):
-        clip = torch.stack([PREPROCESS[preprocess](w[picked], size, stats) for w in some])
-        out.append(encode(clip.to(device)).float().cpu())
+    "Features of sliding windows; raises `VideoReadError`, and `ValueError` for NaN or an unknown preprocessing."
+    if preprocess not in PREPROCESS:
+        raise ValueError(f"preprocess is one of {', '.join(PREPROCESS)}, got {preprocess!r}")
+    index = open_index(source)
+    starts = window_starts(index.info.frames, window, stride)
+    picked = np.linspace(0, window - 1, frames or window).round().astype(np.int64)
+    prepare, out = PREPROCESS[preprocess], []
+    clips = (prepare(one, size, stats) for one in windows(source, starts, picked, index))
+    while some := [*islice(clips, batch)]:
+        out.append(encode(torch.stack(some).to(device)).float().cpu())
+    name = source if isinstance(source, (str, Path)) else "the video"
     first = torch.tensor(starts)
-    last = (first + window).clamp(max=info.frames)   # one behind the last frame
-    return {"features": torch.cat(out), "seconds": torch.stack([first, last], 1) / info.fps, "frames": torch.stack([first, last - 1], 1)}
+    last = (first + window).clamp(max=index.info.frames)   # one behind the last frame
+    span = torch.stack([first, last], 1)
+    return {"features": finite(torch.cat(out), f"{name}: features"),
+            "seconds": torch.from_numpy(index.seconds)[span].float(),
+            "frames": torch.stack([first, last - 1], 1)}
 
 # %% ../../nbs/tasks/60_features.ipynb #6ac63158
 def save_features(
     found: dict[str, dict[str, Tensor]],  # video name → what `extract_features` gave
-    path: str | Path,                     # ends in .safetensors or .npz
+    path: str | Path,                     # ends in .safetensors or .npz; is replaced in one step
     settings: dict,                       # how they were made; goes into the file
 ) -> None:
-    "Write features of videos: `name/features`, `name/seconds`, `name/frames`; raises `ValueError` for another file type."
-    flat = {f"{name}/{k}": v.contiguous().clone() for name, one in found.items() for k, v in one.items()}
-    path = Path(path)
-    if path.suffix == ".safetensors": save_file(flat, path, {"settings": json.dumps(settings)})
-    elif path.suffix == ".npz": np.savez(path, **{k: v.numpy() for k, v in flat.items()}, settings=np.array(json.dumps(settings)))
-    else: raise ValueError(f"{path}: features are written to .safetensors or .npz")
+    "Write `name/features`, `name/seconds`, `name/frames`; raises `ValueError` for NaN or another file type."
+    flat = {f"{name}/{k}": finite(v, f"{name}: {k}").contiguous().clone()
+            for name, one in found.items() for k, v in one.items()}
+    path, text = Path(path), json.dumps(settings, allow_nan=False)
+    if path.suffix not in (".safetensors", ".npz"):
+        raise ValueError(f"{path}: features are written to .safetensors or .npz")
+    with replacing(path) as draft:
+        if path.suffix == ".safetensors": save_file(flat, draft, {"settings": text})
+        else:
+            with open(draft, "wb") as f:
+                np.savez(f, **{k: v.numpy() for k, v in flat.items()}, settings=np.array(text))
+
+# %% ../../nbs/tasks/60_features.ipynb #8b47d0c3
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    "All tensors of a file, as copies, and the text of its settings."
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as f:
+            return {k: torch.from_numpy(f[k]) for k in f.files if k != "settings"}, str(f["settings"])
+    with safe_open(path, "pt") as f:
+        return {k: f.get_tensor(k).clone() for k in f.keys()}, (f.metadata() or {})["settings"]
 
 def load_features(
     path: str | Path,  # a file of `save_features`
 ) -> tuple[dict[str, dict[str, Tensor]], dict]:  # video name → features, seconds, frames; settings
-    "Read what `save_features` wrote."
+    "Read what `save_features` wrote; raises `ValueError` that names the file for any other."
     path = Path(path)
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as f: flat, settings = {k: torch.from_numpy(f[k]) for k in f.files if k != "settings"}, str(f["settings"])
-    else:
-        with safe_open(path, "pt") as f: flat, settings = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()["settings"]
-    found = {}
-    for key, v in flat.items(): found.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = v
-    return found, json.loads(settings)
+    try: flat, text = _read_tensors(path)
+    except FileNotFoundError: raise ValueError(f"{path}: no such file") from None
+    except KeyError: raise ValueError(f"{path}: not a file of features (it has no settings)") from None
+    except Exception as e:
+        raise ValueError(f"{path}: not a file of features ({str(e)[:120] or type(e).__name__})") from None
+    found, settings = {}, parse_json(text, f"{path}: settings", dict)
+    for key, v in flat.items():
+        found.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = v
+    for name, one in found.items():
+        shapes = {k: tuple(v.shape) for k, v in one.items()}
+        n = shapes.get("features", (0,))[:1]
+        if set(shapes) != {"features", "seconds", "frames"} or len(shapes["features"]) != 2 \
+                or shapes["seconds"] != (*n, 2) or shapes["frames"] != (*n, 2):
+            raise ValueError(f"{path}: expected features (n, D), seconds (n, 2) and frames (n, 2) of "
+                             f"{name!r}, found {shapes}")
+        for k, v in one.items(): finite(v, f"{path}: {name}/{k}")
+    return found, settings
