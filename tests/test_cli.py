@@ -9,7 +9,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_reference_values import fill, noise, official_multimodal, official_uniformerv2
 from torch.testing import assert_close
 
@@ -20,10 +20,14 @@ from vfm_lab.data.synth import COLORS
 from vfm_lab.data.transforms import eval_transform
 from vfm_lab.lab import asset
 from vfm_lab.models import umt, uniformerv2, videomae  # noqa: F401  (registers the names)
+from vfm_lab.models.checkpoints import read_config, save_weights
 from vfm_lab.models.internvideo import caption_words, tiny_video_text
-from vfm_lab.tasks.classify import classify, open_classifier, reading
-from vfm_lab.tasks.features import load_features
-from vfm_lab.tasks.retrieval import Towers, open_towers, save_towers, word_tokenizer
+from vfm_lab.tasks import recognition
+from vfm_lab.tasks.classify import Reading, classify, open_classifier, reading
+from vfm_lab.tasks.features import extract_features, load_features
+from vfm_lab.tasks.finetune import evaluate as measure
+from vfm_lab.tasks.retrieval import (
+    Towers, open_towers, save_towers, search as find, video_index, word_tokenizer, zero_shot)
 from vfm_lab.train.loop import sharded
 from vfm_lab.train.resume import checkpoints
 
@@ -445,22 +449,22 @@ OUT_OF_RANGE = {
     "machine: {accumulate: 0}": "machine.accumulate: 0, must be at least 1",
     "machine: {accumulate: 3}\nschedule: {batch: 8}": "machine.accumulate: 3 does not divide schedule.batch 8",
     "schedule: {epochs: 0}": "schedule.epochs: 0.0, must be above 0",
-    "schedule: {epochs: .inf}": "schedule.epochs: inf, must be above 0",
+    "schedule: {epochs: .inf}": "schedule.epochs: inf, must be at most 1e+09",
     "schedule: {epochs: .nan}": "schedule.epochs: nan, must be",
     "schedule: {base_lr: .nan}": "schedule.base_lr: nan, must be at least 0",
     "schedule: {base_lr: -1e-3}": "schedule.base_lr: -0.001, must be",
-    "schedule: {betas: [0.9, 1.0]}": "schedule.betas: 1.0, must be at least 0 and below 1",
+    "schedule: {betas: [0.9, 1.0]}": "schedule.betas: 1.0, must be below 1",
     "schedule: {eps: 0}": "schedule.eps: 0.0, must be above 0",
     "schedule: {clip_grad: 0}": "schedule.clip_grad: 0.0, must be above 0",
-    "schedule: {layer_decay: 0}": "schedule.layer_decay: 0.0, must be above 0 and at most 1",
+    "schedule: {layer_decay: 0}": "schedule.layer_decay: 0.0, must be above 0",
     "schedule: {batch: 0}": "schedule.batch: 0, must be at least 1",
     "steps: -5": "steps: -5, must be at least 1",
     "steps: 0": "steps: 0, must be at least 1",
     "data: {size: 0}": "data.size: 0, must be",
     "data: {frames: 10000000000}": "data.frames: 10000000000, must be",
-    "data: {erase: 1.5}": "data.erase: 1.5, must be at least 0 and at most 1",
+    "data: {erase: 1.5}": "data.erase: 1.5, must be at most 1",
     "data: {workers: -1}": "data.workers: -1, must be at least 0",
-    "smoothing: 1": "smoothing: 1.0, must be at least 0 and below 1",
+    "smoothing: 1": "smoothing: 1.0, must be below 1",
     "mixup: -0.1": "mixup: -0.1, must be at least 0",
     "test_crops: 2": "test_crops: expected 1 or 3",
     "classes: 0": "classes: 0, must be at least 1",
@@ -598,3 +602,277 @@ def test_a_name_of_data_runs_nothing(place, tmp_path, monkeypatch):
     recipe.data.train, recipe.schedule.batch = place, 4
     assert len(list(recipes.train_loader(recipe))) == 2
     assert not list(tmp_path.rglob("PWNED"))
+
+
+# weights say how they want to be read, and what their classes are called
+
+TINY = dict(image_size=32, patch=8, frames=4, dim=32, depth=1, heads=2)
+
+
+def small(path, model="umt_vit_base_patch16", rows=4, **header):
+    "A weight file of a tiny classifier, with this in its header."
+    torch.manual_seed(0)
+    net = timm.create_model(model, num_classes=rows, head_scale=1.0, **TINY)
+    save_weights(net, path, {"model": model, **net.config, **header} if header else net.config)
+    return path
+
+
+def as_folders(folder, names):
+    "One class folder with two of the lab's clips for each motion that is named."
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for clip in sorted(asset("clips").glob(f"*_{name}.mp4"))[:2]: shutil.copy(clip, folder / name)
+    return folder
+
+
+def test_features_are_made_as_the_weights_say(tmp_path, monkeypatch, capsys):
+    "Statistics of the header; an option wins over them and the difference is said."
+    file = small(tmp_path / "w.safetensors", input={"stats": "clip", "sampling": "sparse", "stride": 4})
+    video = asset("clips/00_left.mp4")
+    ask = ("features", "--video", video, "--weights", file, "--window", 4, "--out", tmp_path / "f.npz")
+    net, how, _ = open_classifier(file)
+    assert how.stats == "clip"
+    def right(stats): return extract_features(net.pool, video, window=4, frames=4, size=32, stats=stats)["features"]
+    run(monkeypatch, *ask)
+    assert "stats" not in capsys.readouterr().err
+    (found, settings), = [load_features(tmp_path / "f.npz")]
+    assert torch.equal(found[str(video)]["features"], right("clip")) and settings["stats"] == "clip"
+    run(monkeypatch, *ask, "--stats", "half")
+    assert "w.safetensors: stats clip is usual for these weights, stats half" in capsys.readouterr().err
+    assert torch.equal(load_features(tmp_path / "f.npz")[0][str(video)]["features"], right("half"))
+    nonsense = small(tmp_path / "n.safetensors", input={"stats": "evil"})
+    assert "n.safetensors: its header says stats 'evil'" in leave(monkeypatch, *ask, "--weights", nonsense)
+
+
+def test_features_of_a_list_lose_only_the_bad_file(tmp_path, monkeypatch, capsys):
+    "Of two files with one name both are kept; what is made is in the file before the next is begun."
+    file, names = small(tmp_path / "w.safetensors", input={}), ["a/x.mp4", "bad.mp4", "b/x.mp4"]
+    for name in names: (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name, clip in zip(names, ("00_left", "01_right", "02_up")): shutil.copy(asset(f"clips/{clip}.mp4"), tmp_path / name)
+    (tmp_path / "bad.mp4").write_bytes((tmp_path / "bad.mp4").read_bytes()[:900])
+    (tmp_path / "l.csv").write_text("".join(f"{name},0\n" for name in names))
+    ask = ("features", "--video", tmp_path / "l.csv", "--weights", file, "--window", 4, "--out", tmp_path / "f.safetensors")
+    assert leave(monkeypatch, *ask) == 1
+    said = capsys.readouterr()
+    assert said.err.count("vfm_lab: ") == 1 and f"{tmp_path}/bad.mp4" in said.err and "8 windows of 2 videos" in said.out
+    found = load_features(tmp_path / "f.safetensors")[0]
+    assert set(found) == {str(tmp_path / "a/x.mp4"), str(tmp_path / "b/x.mp4")}
+    a, b = found.values()
+    assert not torch.equal(a["features"], b["features"])
+    (tmp_path / "f.safetensors").unlink()
+    real, seen = recipes._Growing.write, []
+    def stopped(self):
+        real(self)
+        seen.append(set(load_features(self.file)[0]))
+        raise KeyboardInterrupt
+    monkeypatch.setattr(recipes._Growing, "write", stopped)
+    assert leave(monkeypatch, *ask) == 130 and seen == [{str(tmp_path / "a/x.mp4")}]
+    monkeypatch.undo()
+    (tmp_path / "f.safetensors").unlink()
+    for name in names: (tmp_path / name).write_bytes(b"nothing")
+    assert "l.csv: none of its 3 videos could be read" in leave(monkeypatch, *ask)
+    assert not (tmp_path / "f.safetensors").exists()
+
+
+def test_classes_go_by_name(tmp_path, monkeypatch, capsys):
+    "A folder that lacks a class, or has one more; the names travel with the weights to eval and classify."
+    train = as_folders(tmp_path / "train", ["down", "left", "right", "up"])
+    val = as_folders(tmp_path / "val", ["right", "up"])
+    more = as_folders(tmp_path / "more", ["grow", "right"])
+    args = [w for k, v in TINY.items() for w in (k, v)]
+    data = ("--data.train", train, "--data.val", val, "--data.frames", 4, "--data.size", 32, "--data.no-flip")
+    go = ("finetune", "--model-args", *args, "--classes", 4, *data, "--schedule.batch", 4, "--test-clips", 1,
+          "--test-crops", 1, "--mixup", 0, "--cutmix", 0, "--out", tmp_path / "run")
+    run(monkeypatch, *go)
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    weights = tmp_path / "run/model.safetensors"
+    assert read_config(weights)["classes"] == ["down", "left", "right", "up"]
+    run(monkeypatch, "classify", val, "--weights", weights, "--clips", 1, "--crops", 1, "--top", 1, "--json")
+    named = json.loads(capsys.readouterr().out)
+    right = sum(a["classes"][0][0] == Path(a["video"]).parent.name for a in named)
+    assert len(named) == 4 and {a["classes"][0][0] for a in named} <= {"down", "left", "right", "up"}
+    assert first["top1"] == right / 4
+    seen = ("--test-clips", 1, "--test-crops", 1)
+    run(monkeypatch, "eval", "--weights", weights, "--data.val", val, *seen)   # model, sizes and names: the file says them
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == right / 4
+    assert "'grow' is not among the 4 classes" in leave(monkeypatch, "eval", "--weights", weights, "--data.val", more, *seen)
+    assert "'grow' is not among the 4 classes" in leave(monkeypatch, *go[:-1], tmp_path / "other", "--data.val", more)
+    assert not (tmp_path / "other").exists()
+    unnamed = small(tmp_path / "w.safetensors", input={})
+    assert f"{val}: has 2 classes (right, up), expected 4" in leave(monkeypatch, "eval", "--weights", unnamed, "--data.val", val, *seen)
+    (tmp_path / "names.txt").write_text("down\nleft\nright\nup\n")
+    run(monkeypatch, "eval", "--weights", unnamed, "--data.val", val, "--labels", tmp_path / "names.txt", *seen)
+    (tmp_path / "minus.csv").write_text(f"{asset('clips/00_left.mp4')},-1\n")
+    says = f"{tmp_path}/minus.csv, line 1: label -1, classes are 0 to 3"
+    assert says in leave(monkeypatch, "eval", "--weights", weights, "--data.val", tmp_path / "minus.csv", *seen)
+    assert says in leave(monkeypatch, *go[:-1], tmp_path / "other", "--data.train", tmp_path / "minus.csv")
+    assert says in leave(monkeypatch, *go[:-1], tmp_path / "other", "--data.val", tmp_path / "minus.csv")
+
+
+def test_names_of_the_rows_that_are_kept(tmp_path):
+    file = small(tmp_path / "w.safetensors", rows=3, classes=["a", "b", "c"], input={})
+    assert open_classifier(file)[1].classes == ["a", "b", "c"]
+    assert open_classifier(file, rows=[2, 0])[1].classes == ["c", "a"]
+    few = small(tmp_path / "f.safetensors", rows=3, classes=["a"], input={})
+    net, how, _ = open_classifier(few)
+    said = next(classify(net, [asset("clips/00_left.mp4")], how, top=3, clips=1, crops=1))
+    assert {name for name, _ in said["classes"]} == {"a", "class 1", "class 2"}
+
+
+def test_a_pretrained_file_of_hugging_face(tmp_path):
+    "The encoder of `VideoMAEForPreTraining` starts a fine-tuning; its features are those of transformers."
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(image_size=32, patch_size=8, num_frames=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                 intermediate_size=128, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+                 decoder_intermediate_size=64, use_mean_pooling=False, layer_norm_eps=1e-6)
+    theirs = transformers.VideoMAEForPreTraining(transformers.VideoMAEConfig(**sizes)).eval()
+    torch.save(theirs.state_dict(), tmp_path / "hf.pth")
+    recipe = recipes.Finetune(model="videomae_vit_base_patch16", model_args=TINY, classes=4)
+    model = recipes.build(recipe).eval()
+    report = recipes.load_classifier(model, str(tmp_path / "hf.pth"), "videomae_pretrained", None, fresh_head=True)
+    assert "missing" not in report and "fresh" in report
+    clip = noise(1, 2, 3, 4, 32, 32)
+    with torch.no_grad():
+        hidden = theirs.videomae.embeddings(clip.transpose(1, 2), torch.zeros(2, 32, dtype=torch.bool))
+        for layer in theirs.videomae.encoder.layer: hidden = layer(hidden)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        ours = []
+        model.fc_norm.register_forward_pre_hook(lambda _, given: ours.append(given[0]))
+        model(clip)
+    assert_close(ours[0], hidden.mean(1), atol=1e-5, rtol=1e-4)
+
+
+# runs and their folders
+
+def videomae_run(out, **changes):
+    recipe = recipes.read_recipe(ROOT / "recipes/videomae_tiny.yaml", recipes.PretrainVideoMAE)
+    recipe.out = str(out)
+    for key, value in changes.items():
+        place, _, name = key.rpartition("__")
+        setattr(getattr(recipe, place) if place else recipe, name, value)
+    return recipe
+
+
+def test_a_start_that_failed_leaves_its_folder_free(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    def fails(*_, **__): raise ValueError("no first step")
+    with monkeypatch.context() as m:
+        m.setattr("vfm_lab.train.loop.fit", fails)
+        with pytest.raises(ValueError, match="no first step"): recipes.pretrain(videomae_run(out, steps=1, seed=1))
+    (out / "config.yaml").write_text("")                          # as a crash would leave it
+    recipes.pretrain(videomae_run(out, steps=1))
+    config = out / "config.yaml"
+    before = config.stat().st_mtime_ns, config.stat().st_ino
+    recipes.pretrain(videomae_run(out, steps=1))
+    assert (config.stat().st_mtime_ns, config.stat().st_ino) == before    # it says the same: not written again
+    with pytest.raises(ValueError, match="seed was 0, now 1"): recipes.pretrain(videomae_run(out, steps=1, seed=1))
+    config.unlink()
+    with pytest.raises(ValueError, match="holds checkpoints but no config.yaml"): recipes.pretrain(videomae_run(out, steps=1))
+    assert not [p for p in out.iterdir() if p.name.endswith(".draft")]
+
+
+def test_accumulation_changes_nothing(tmp_path):
+    "35 clips in steps of 8 are 4 steps an epoch, however a step is cut; six steps reach into the second epoch."
+    curves = {}
+    for parts in (1, 4):
+        recipe = videomae_run(tmp_path / str(parts), steps=6, data__size=32, machine__accumulate=parts)
+        recipe.model_args |= {"image_size": 32, "depth": 1}
+        assert recipes.steps_in_epoch(recipe, recipes.train_loader(recipe)) == 35 // 8
+        curves[parts] = recipes.pretrain(recipe)
+    assert curves[1]["lr"] == curves[4]["lr"]
+    assert_close(curves[1]["loss"], curves[4]["loss"], atol=1e-5, rtol=1e-5)
+
+
+def test_accumulation_counts_shards_alike(tmp_path):
+    data = VideoManifest(asset("clips/manifest.csv")).subset(range(30))
+    index = write_shards(data, tmp_path / "shards", per_shard=15)
+    for workers, steps in ((0, 3), (2, 2)):       # two readers of 15 clips: one step of 8 each
+        for parts in (1, 2, 4):
+            recipe = videomae_run(tmp_path, data__train=str(index), data__workers=workers, machine__accumulate=parts)
+            assert recipes.steps_in_epoch(recipe, recipes.train_loader(recipe)) == steps
+
+
+def test_curves_without_a_number_can_be_written(tmp_path):
+    "Under fp16 a gradient norm may be infinite; JSON knows no infinity."
+    assert recipes._curves({"grad_norm": [1.0, float("inf"), float("nan")]}) == {"grad_norm": [1.0, None, None]}
+
+
+# scores that are no numbers
+
+class Nothing(torch.nn.Module):
+    def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.tensor(float("nan")))
+    def forward(self, clip): return torch.zeros(len(clip), 4) * self.w
+
+
+def test_nan_is_no_answer():
+    x, y, bad = torch.randn(12, 5), torch.arange(12) % 3, torch.full((12, 5), float("nan"))
+    batch = {"clip": torch.zeros(2, 3, 4, 8, 8), "label": torch.zeros(2, dtype=torch.long), "path": ["a.mp4", "b.mp4"]}
+    with pytest.raises(ValueError, match="^a.mp4: scores"): measure(Nothing(), [batch], 4)
+    with pytest.raises(ValueError, match="00_left.mp4: scores"):
+        next(classify(Nothing(), [asset("clips/00_left.mp4")], Reading(4, 32)))
+    for method in (recognition.knn_accuracy, recognition.linear_probe):
+        with pytest.raises(ValueError, match="training features"): method(bad, y, x, y)
+        with pytest.raises(ValueError, match="test features"): method(x, y, bad, y)
+    with pytest.raises(ValueError, match="test features"):
+        recognition.attentive_probe(x.view(12, 5, 1).expand(-1, -1, 4), y, bad.view(12, 5, 1).expand(-1, -1, 4), y, steps=1)
+    with pytest.raises(ValueError, match="cosines"): find(x, bad)
+    with pytest.raises(ValueError, match="scores of the classes"): zero_shot(bad, x, 100.0)
+
+
+# an index from elsewhere
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    "Towers, their weights, two videos, and what a good index of them holds."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("index")
+    tiny = Towers(tiny_video_text(frames=4, captions=False), word_tokenizer(caption_words()), 4, 64, "imagenet", 12, len(caption_words()))
+    save_towers(tiny, folder / "w.safetensors")
+    videos = [asset(f"clips/{n}.mp4") for n in ("00_left", "01_right")]
+    video_index(tiny, videos, folder / "i.safetensors", folder / "w.safetensors")
+    with safe_open(folder / "i.safetensors", "pt") as f: about, vectors = json.loads(f.metadata()["index"]), f.get_tensor("vectors").clone()
+    return tiny, folder, videos, about, vectors
+
+
+TAMPERED = {
+    "list": lambda a, v: ([], v), "null": lambda a, v: (None, v), "no settings": lambda a, v: ({"videos": a["videos"]}, v),
+    "no videos": lambda a, v: ({"settings": a["settings"]}, v), "deep": lambda a, v: ("[" * 100000 + "]" * 100000, v),
+    "not json": lambda a, v: ("{bad", v), "fewer": lambda a, v: (a, v[:1].clone()), "more": lambda a, v: (a, torch.cat([v, v])),
+    "nan": lambda a, v: (a, v * float("nan")), "narrow": lambda a, v: (a, torch.nn.functional.normalize(v[:, :5], dim=1).contiguous()),
+    "int8": lambda a, v: (a, v.to(torch.int8)), "half": lambda a, v: (a, v.half()), "1-d": lambda a, v: (a, v[:, 0].contiguous()),
+    "large": lambda a, v: (a, v * 1e30), "no pairs": lambda a, v: ({**a, "videos": ["a", "b"]}, v),
+    "numbers": lambda a, v: ({**a, "videos": [[1, 2], [3, 4]]}, v), "NaN": lambda a, v: ('{"settings": NaN}', v)}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_tampered_index_is_refused(name, indexed, tmp_path):
+    tiny, folder, videos, about, vectors = indexed
+    words, numbers = TAMPERED[name](about, vectors)
+    file = tmp_path / "i.safetensors"
+    save_file({"vectors": numbers}, file, {"index": words if isinstance(words, str) else json.dumps(words)})
+    before = file.read_bytes()
+    with pytest.raises(ValueError) as caught: video_index(tiny, videos, file, folder / "w.safetensors")
+    assert str(caught.value).startswith(f"{file}: ") and len(str(caught.value).splitlines()) == 1 and file.read_bytes() == before
+
+
+def test_an_index_does_not_lean_on_its_file(indexed, tmp_path):
+    "Vectors are copies: another program that cuts the file does not change an answer. Every 50 videos are written."
+    tiny, folder, videos, about, vectors = indexed
+    file = shutil.copy(folder / "i.safetensors", tmp_path)
+    stored = video_index(tiny, videos, file, folder / "w.safetensors")
+    with open(file, "r+b") as f: f.write(b"\xff" * Path(file).stat().st_size)
+    assert stored.made == 0 and torch.equal(stored.vectors, vectors)
+    for i in range(52): shutil.copy(videos[0], tmp_path / f"{i}.mp4")
+    Path(file).unlink()
+    embed, calls = tiny.video, []
+    def slow(path):
+        calls.append(path)
+        if len(calls) == 52: raise KeyboardInterrupt
+        return vectors[0]
+    tiny.video = slow
+    try:
+        with pytest.raises(KeyboardInterrupt): video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors")
+        tiny.video = lambda path: vectors[1]
+        assert video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors").made == 2
+    finally: tiny.video = embed

@@ -518,7 +518,7 @@ def test_without_a_config_the_report_says_what_is_assumed(tmp_path):
     assert "QuickGELU is assumed" in str(load_weights(net, tmp_path / "ViT.pt", vision_from_openai))
     save_weights(net, tmp_path / "own.safetensors")
     assert not load_weights(net, tmp_path / "own.safetensors").notes
-    with pytest.raises(CheckpointError, match="its header says hidden_act 'quick_gelu'"):
+    with pytest.raises(CheckpointError, match="its header says act 'quick_gelu'"):
         load_weights(CLIPVision(**TOWER, act="gelu"), tmp_path / "own.safetensors")
     assert tiny_clip().config["vision"]["act"] == "quick_gelu"
     with pytest.raises(ValueError, match="quick_gelu, gelu"): CLIPVision(**TOWER, act="relu")

@@ -45,14 +45,17 @@ class Range:
     at_most: float = math.inf
     below: float = math.inf      # nor is this one
 
-    def __contains__(self, number: float) -> bool:
-        closed = self.at_least <= number <= self.at_most
-        return closed and self.above < number < self.below
-
-    def __str__(self) -> str:
-        bounds = {name: bound for name, bound in vars(self).items() if math.isfinite(bound)}
-        words = [f"{name.replace('_', ' ')} {bound:g}" for name, bound in bounds.items()]
-        return " and ".join(words) or "finite"
+    def missed(
+        self,
+        number: float,  # any
+    ) -> str:           # what it must be and is not; empty if it is in range
+        "The bound that a number breaks."
+        holds = {"at least": number >= self.at_least, "above": number > self.above,
+                 "at most": number <= self.at_most, "below": number < self.below}
+        for name, true in holds.items():
+            bound = getattr(self, name.replace(" ", "_"))
+            if not true: return f"{name} {bound:g}" if math.isfinite(bound) else "finite"
+        return ""
 
 Count = Annotated[int, Range(at_least=1, at_most=10**9)]
 Whole = Annotated[int, Range(at_least=0, at_most=10**9)]
@@ -242,8 +245,8 @@ def check(
         value = getattr(recipe, key)
         if is_dataclass(value): check(value, f"{where}{key}.")
         for name, number in _each(value, f"{where}{key}"):
-            if number not in (limit := _limit(kind)):
-                raise ValueError(f"{name}: {short(number)}, must be {limit}")
+            if missed := _limit(kind).missed(number):
+                raise ValueError(f"{name}: {short(number)}, must be {missed}")
     if isinstance(recipe, Recipe) and recipe.schedule.batch % recipe.machine.accumulate:
         raise ValueError(f"machine.accumulate: {recipe.machine.accumulate} does not divide "
                          f"schedule.batch {recipe.schedule.batch}")
@@ -550,6 +553,7 @@ def run(
     if torch.distributed.is_initialized(): torch.distributed.barrier()   # nobody reads the files before they are there
     return history
 
+# %% ../nbs/05_recipes.ipynb #f9eced35
 def _keep_weights(recipe: Recipe, model: "nn.Module", part: str, classes: list[str] | None) -> None:
     "The last checkpoint's weights as a file that says what it is and how it wants to be fed."
     from safetensors.torch import save_file
@@ -665,6 +669,7 @@ def evaluate(
         write_json(result | {"recipe": asdict(recipe), "weights": report}, recipe.out)
     return result
 
+# %% ../nbs/05_recipes.ipynb #8a6e7e5b
 def _measured(recipe: Evaluate, model: "nn.Module", videos: "VideoDataset") -> dict:
     "Each process its share."
     import torch
@@ -729,6 +734,7 @@ def _extracted(recipe: Features, model: "nn.Module", how: "Reading", paths: list
         finite(one["features"], f"{path}: features")
         yield path, one
 
+# %% ../nbs/05_recipes.ipynb #e5bfcc9d
 class _Growing:
     "A file of features, written anew as they are made; that may take a tenth of the time."
     def __init__(self, file: Path, settings: dict):

@@ -164,7 +164,7 @@ def _check_files(items: Items, names: list[str], keys: Sequence) -> None:
         missing.difference_update(os.path.join(folder, name) for name in there)
     if not missing: return
     lost = [i for i, name in enumerate(names) if name in missing]
-    path = printable(items[lost[0]]["path"])
+    path = printable(items[lost[0]]["path"])[:300]
     raise ValueError(f"{items.source}, {_place(items, lost[0])}: no file {path} ({len(lost)} of {len(names)} files are "
                      "missing; relative paths are looked up from `root`, or from the folder of this file)")
 
@@ -548,9 +548,9 @@ class EpochSampler(Sampler):
 def skip_report(
     skipped: list[str],  # messages of `VideoReadError`, which name file and cause
 ) -> str:
-    "One line per file that could not be read, with the number of times it was met."
+    "One line per clip or shard that could not be read, with the number of times it was met."
     lines = [f"  {message}" + (f" ({n} times)" if n > 1 else "") for message, n in sorted(Counter(skipped).items())]
-    return "\n".join([f"{len(skipped)} of the clips asked for could not be read; others took their place:", *lines])
+    return "\n".join([f"{len(skipped)} × something could not be read; other clips took its place:", *lines])
 
 def _as_raised(error: Exception) -> Exception:
     "An error of a worker, with the message that it had there instead of that process's whole traceback."
@@ -706,14 +706,18 @@ class Sample(NamedTuple):
 def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
     "Neighbouring entries with the same stem."
     stem, parts = None, {}
-    for member in tar:
-        if not member.isreg() or member.issparse() or _hidden(os.path.basename(member.name)): continue
-        name, suffix = os.path.splitext(member.name)
-        if parts and (name != stem or suffix.lower() in parts):
-            yield stem, parts
-            parts = {}
-        stem = name
-        parts[suffix.lower()] = tar.extractfile(member).read()
+    try:
+        for member in tar:
+            if not member.isreg() or member.issparse() or _hidden(os.path.basename(member.name)): continue
+            name, suffix = os.path.splitext(member.name)
+            if parts and (name != stem or suffix.lower() in parts):
+                yield stem, parts
+                parts = {}
+            stem = name
+            parts[suffix.lower()] = tar.extractfile(member).read()
+    except Exception:
+        if len(parts) > 1: yield stem, parts   # whole, what comes after it is not
+        raise
     if parts: yield stem, parts
 
 # %% ../../nbs/data/30_datasets.ipynb #e10d5728
@@ -732,19 +736,20 @@ def _shard(root: str, name: str, count: int) -> Iterator[tuple[str, dict[str, by
 
 def _samples(shards: "VideoShards", names: list[str]) -> Iterator[Sample]:
     "As many clips as these shards should hold. Under \"skip\" other shards make up for a damaged one."
-    need, made, notes = sum(shards.counts[name] for name in names), 0, []
+    need, made, notes, fault = sum(shards.counts[name] for name in names), 0, [], ""
     for turn, name in enumerate([*names, *shards.counts]):
-        before, count, where = made, shards.counts[name], printable(os.path.join(shards.root, name))
+        where = printable(os.path.join(shards.root, name))
         if made == need: return
         try:
-            for stem, parts in _shard(shards.root, name, count):
+            for stem, parts in _shard(shards.root, name, shards.counts[name]):
                 if made == need: return
                 yield Sample(where, stem, parts, notes)
                 made, notes = made + 1, []
         except VideoReadError as e:
             if shards.on_error == "raise": raise
-            if turn < len(names): notes = notes + [str(e)] * max(1, count - (made - before))
-    if made < need: raise VideoReadError(f"{need - made} clips of index.json are nowhere: {notes[-1]}")
+            fault = str(e)
+            if turn < len(names): notes = [*notes, fault]
+    if made < need: raise VideoReadError(f"{fault}; no other shard has clips to take their place")
 
 # %% ../../nbs/data/30_datasets.ipynb #f30d3a4f
 class _Stream(IterableDataset):
@@ -760,17 +765,16 @@ class _Stream(IterableDataset):
         worker = ((info.id if info else 0) + self.start) % workers
         size = self.of.batch_size // self.world
         dealt, batches = shard_plan(self.of.counts, size, self.world, workers, self.seed, self.epoch)
-        mine = [j for j in range(batches) if j % workers == worker]
+        mine = range(worker, batches, workers)
         names = dealt[self.rank][worker]
         samples = _samples(self.of, names)
         if self.of.shuffle:
             rng = random.Random(f"{self.seed},{self.epoch},{names}")
             samples = shuffle(self.of.shuffle, initial=self.of.shuffle, rng=rng)(samples)
         stream = int(torch.randint(2**31, (), generator=item_generator(self.seed, self.epoch)))
-        used = size * sum(j < self.start for j in mine)
-        clips = _clips(self.of, samples, stream, used)
-        for j in mine:
-            if j >= self.start: yield collate(list(islice(clips, size)))
+        used = len(range(worker, min(self.start, batches), workers))
+        clips = _clips(self.of, samples, stream, size * used)
+        for _ in mine[used:]: yield collate(list(islice(clips, size)))
 
 # %% ../../nbs/data/30_datasets.ipynb #9e5972db
 def _unpack(sample: Sample, num_classes: int | None) -> tuple[dict, BytesIO]:

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONTAINERS', 'VIDEO_SUFFIXES', 'VideoReadError', 'VideoInfo', 'FrameIndex', 'frame_index', 'open_index', 'probe',
-           'frame_times', 'wanted_frames', 'backends', 'check_size', 'read_frames', 'iter_frames', 'dense_indices',
-           'span_indices', 'sparse_indices', 'interval_indices', 'linspace_indices', 'read_clip']
+           'frame_times', 'wanted_frames', 'backends', 'check_size', 'read_frames', 'iter_frames', 'read_isolated',
+           'dense_indices', 'span_indices', 'sparse_indices', 'interval_indices', 'linspace_indices', 'read_clip']
 
 # %% ../../nbs/data/10_reader.ipynb #d70becea
+import json
 import os
 import struct
+import subprocess
+import sys
 import warnings
 from array import array
 from bisect import bisect_right
@@ -103,10 +106,11 @@ _SIGNATURES = {
     b"ID3": "sound (MP3)", b"\xff\xfb": "sound (MP3)", b"\xff\xf3": "sound (MP3)",
     b"fLaC": "sound (FLAC)", b"FORM": "sound (AIFF)", b"#!AMR": "sound (AMR)",
     b"\xff\xf1": "sound (AAC)", b".RMF": "RealMedia", b"nut/multimedia": "NUT video",
-    b"FWS": "Flash (SWF)", b"CWS": "Flash (SWF)", b"\x0b\x77": "sound (AC-3)", b"version ": "a Git LFS "
-    "pointer instead of the file", b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file",
+    b"FWS": "Flash (SWF)", b"CWS": "Flash (SWF)", b"\x0b\x77": "sound (AC-3)",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file", b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file",
 }
 
+# %% ../../nbs/data/10_reader.ipynb #18b5c2f7
 def _kind(head: bytes) -> str | None:
     "What a file is, by its first bytes; None for a container that is read here, or the unknown."
     if head[:4] == b"RIFF" and head[8:12] != b"AVI ":
@@ -130,6 +134,7 @@ def _unread(source, error: Exception) -> str:
 
 # %% ../../nbs/data/10_reader.ipynb #c2be7714
 _BOXES = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"mvex", b"udta", b"edts"}
+_FIRST = {b"ftyp", b"styp", b"sidx", b"moov", b"moof", b"free", b"skip", b"wide", b"mdat", b"uuid"}
 
 def _boxes(file: BinaryIO, at: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, bytes, int]]:
     "Name, first 32 bytes and depth of the boxes of an mp4, in order, with those inside others."
@@ -145,12 +150,13 @@ def _boxes(file: BinaryIO, at: int, end: int, depth: int = 0) -> Iterator[tuple[
         if name in _BOXES and depth < 8: yield from _boxes(file, at + skip, at + size, depth + 1)
         at += size
 
+# %% ../../nbs/data/10_reader.ipynb #29c6d308
 def _check_claims(source) -> None:
     "Raise `ValueError` for an mp4 whose tables claim more frames than it can hold."
     with _bytes_of(source) as file:
         size = file.seek(0, 2)
         file.seek(0)
-        if file.read(8)[4:] not in (b"ftyp", b"styp", b"moov", b"moof", b"free", b"wide", b"mdat"): return
+        if file.read(8)[4:] not in _FIRST: return
         claimed, sound, short = 0, False, {}
         for name, body, _ in _boxes(file, 0, size):
             word = struct.unpack(">8I", body)
@@ -162,7 +168,7 @@ def _check_claims(source) -> None:
             if name in (b"stts", b"stsz", b"stz2") and "frames" in short and "step" in short:
                 claimed += 0 if sound and short["step"] else short["frames"]
     if claimed > min(size, _MAX_PACKETS * 4):
-        raise ValueError(f"the file claims {claimed} frames in {size} bytes; it is damaged or hostile")
+        raise ValueError(f"the file claims {claimed} frames in {size} bytes: damaged or hostile")
 
 # %% ../../nbs/data/10_reader.ipynb #4180bd82
 def _video(container):
@@ -172,6 +178,7 @@ def _video(container):
     if best in films or not films: return best if best in films else None
     return max(films, key=lambda s: (bool(s.disposition & s.disposition.default), s.bit_rate or 0))
 
+# %% ../../nbs/data/10_reader.ipynb #3ad7e419
 @contextmanager
 def _opened(source):
     "Container and best video stream; whatever goes wrong inside becomes a `VideoReadError`."
@@ -212,7 +219,7 @@ def _decoded(packets, stream, times=None) -> Iterator["VideoFrame"]:
         yield from frames
 
 def _filled(container, stream) -> Iterator["Packet"]:
-    "The packets of a stream without empty ones (a frame left out), and the last, which empties the decoder."
+    "The packets of a stream but empty ones (frames left out); the last empties the decoder."
     return (p for p in container.demux(stream) if p.size or p.pts is None and p.dts is None)
 
 def _all_frames(source, times=None) -> Iterator["VideoFrame"]:
@@ -225,21 +232,22 @@ def _all_frames(source, times=None) -> Iterator["VideoFrame"]:
 class FrameIndex:
     "Where the frames of a stream are: the table that makes random access exact."
     info: VideoInfo
-    seconds: np.ndarray             # float64 (n + 1,): start of each frame after the first; end of the last
-    pts: list[int] | None           # presentation time of frame i, increasing; None: found by counting
-    keys: list[tuple[int, int]]     # (presentation time, decoding time) of each key frame, increasing
-    closed: bool                    # every frame that follows a key frame in the file is shown after it
+    seconds: np.ndarray             # float64 (n + 1,): start of each frame, the first at 0; end of the last
+    pts: list[int] | None           # presentation time of frame i, increasing; None: by counting
+    keys: list[tuple[int, int]]     # (presentation, decoding time) of each key frame, increasing
+    closed: bool                    # what follows a key frame in the file is shown after it
     seekable: bool                  # a packet has the same time after a jump
-    packets: np.ndarray             # int64 (m, 2): time and size of each packet, in the order of the file
+    packets: np.ndarray             # int64 (m, 2): time and size of each packet, as in the file
     places: dict[int, int]          # presentation time of a key frame → its row in `packets`
     damaged: frozenset[int]         # numbers of frames that are known to be damaged
 
 # %% ../../nbs/data/10_reader.ipynb #e97d5a20
 _NONE = int(np.iinfo(np.int64).min)        # no time is stated
 _GUESSED = {"mpeg", "mpegvideo", "m4v", "h264", "hevc"}   # containers whose times FFmpeg works out
+_DURATIONS = {"mov,mp4,m4a,3gp,3g2,mj2", "gif"}           # those that store how long a frame is shown
 
 def _packet_table(container, stream) -> np.ndarray:
-    "Of each packet in the file: pts, dts, size, duration, and whether key, hidden, corrupt; int64 (m, 7)."
+    "Of each packet: pts, dts, size, duration, and whether key, hidden, corrupt; int64 (m, 7)."
     rows = array("q")
     for p in container.demux(stream):
         if not p.size: continue
@@ -248,6 +256,7 @@ def _packet_table(container, stream) -> np.ndarray:
         rows.extend((pts, dts, p.size, p.duration or 0, p.is_keyframe, p.is_discard, p.is_corrupt))
     return np.frombuffer(rows, np.int64).reshape(-1, 7) if rows else np.zeros((0, 7), np.int64)
 
+# %% ../../nbs/data/10_reader.ipynb #4be8f52a
 def _damaged_packets(name: str, key: np.ndarray, corrupt: np.ndarray) -> np.ndarray:
     "Rows of damaged packets; raises `ValueError` if the file is cut off."
     early = name in ("mpegts", "mpeg")     # the flag is given to the packet before
@@ -270,14 +279,14 @@ def _orders(name: str, reorders: bool, table: np.ndarray) -> bool:
 
 # %% ../../nbs/data/10_reader.ipynb #0b86e2fd
 def _shown(source, table: np.ndarray, keys: list, bad: np.ndarray) -> tuple[np.ndarray, int, list]:
-    "Times of all frames, increasing, length of the last, and numbers of damaged ones: from packets."
+    "Times of all frames, length of the last, and numbers of damaged ones: from packets."
     pts, length, hidden = table[:, 0], table[:, 3], table[:, 5]
     shown = np.flatnonzero((hidden == 0) & (pts >= keys[0][0]))
     times = np.sort(pts[shown])
     last = int(length[shown][pts[shown].argmax()])
     return times, last, np.searchsorted(times, pts[np.intersect1d(bad, shown)]).tolist()
 
-def _counted(source, table: np.ndarray, keys: list, bad: np.ndarray) -> tuple[np.ndarray, int, list]:
+def _counted(source, table: np.ndarray, _, bad: np.ndarray) -> tuple[np.ndarray, int, list]:
     "The same by decoding all, for packets whose times do not order the frames."
     row, rows, times, damaged, last = -1, {}, array("q"), [], 0
     with _opened(source) as (container, stream):
@@ -292,17 +301,19 @@ def _counted(source, table: np.ndarray, keys: list, bad: np.ndarray) -> tuple[np
             last = frame.duration or 0
             if frame.is_corrupt or rows.get(frame.pts) in bad: damaged.append(i)
     if not times: raise ValueError("no frame can be decoded")
-    decoding = (np.diff(table[:, 0]) > 0).all()        # avi: the n-th time is that of the n-th frame
+    decoding = (np.diff(table[:, 0]) > 0).all()    # avi: the n-th time is that of the n-th frame
     return np.array(sorted(times) if decoding else times), last, damaged
 
+# %% ../../nbs/data/10_reader.ipynb #5cf9063b
 def _clock(times: np.ndarray, last: int, usual: int, name: str) -> np.ndarray:
     "Ticks from the first frame to each, and to the end of the last; `usual`: where times fail."
     steps = np.diff(times)
-    jump = 1 << 32 if name in ("mpegts", "mpeg") else 1 << 62    # half of what their clock can count
+    jump = 1 << (32 if name in ("mpegts", "mpeg") else 62)    # half of what their clock can count
     good = (steps > 0) & (steps < jump)
     if good.any(): usual = int(np.median(steps[good]))
     steps = np.where(good, steps, usual)
-    return np.cumsum([0, *steps, last if last > 0 else steps[-1] if len(steps) else usual])
+    if not last or name not in _DURATIONS: last = steps[-1] if len(steps) else last or usual
+    return np.cumsum([0, *steps, last])
 
 def _rate(stream, ticks: np.ndarray | None) -> float:
     "Frames per second: as stated, from the times, or guessed."
@@ -342,7 +353,7 @@ def frame_index(
 def open_index(
     source: str | Path | bytes | BinaryIO,   # path, content, or binary file object
 ) -> FrameIndex:                             # raises VideoReadError
-    "The table of a file, for several calls of `read_frames`; decodes only if its times are no help."
+    "The table of a file, for several calls of `read_frames`; decodes only if times are no help."
     with _opened(source) as (container, stream): return frame_index(source, container, stream)
 
 def probe(
@@ -435,6 +446,7 @@ def _upright(picture: np.ndarray, matrix: tuple[float, float, float, float]) -> 
     if angle % 180: return picture.transpose(1, 0, 2)[::1 if b > 0 else -1, ::1 if c > 0 else -1]
     return picture[::1 if d > 0 else -1, ::1 if a > 0 else -1]
 
+# %% ../../nbs/data/10_reader.ipynb #6d0a174c
 def _pictures(source, container, stream, index, numbers) -> Iterator[np.ndarray]:
     "Decoded frames as RGB, uint8 (H, W, 3), upright."
     from av.video.reformatter import VideoReformatter
@@ -454,12 +466,18 @@ def _read_av(source, container, stream, index, asked: np.ndarray) -> np.ndarray:
 # %% ../../nbs/data/10_reader.ipynb #31e0d29b
 class _Unsupported(Exception): pass
 
-_SAME = {                                  # (container, codec) whose every frame was compared
-    "decord": set(),
-    "torchcodec": set(),
+_LISTS = {                                 # container: codecs of which every frame was compared
+    "mov,mp4,m4a,3gp,3g2,mj2": "h264 hevc mpeg4 h263 vp9 mjpeg",
+    "matroska,webm": "h264 hevc mpeg4 vp8 vp9 theora ffv1 mjpeg",
+    "avi": "mpeg4 mjpeg",
+    "flv": "h264 flv1",
 }
+_PLAIN = {(name, codec) for name, codecs in _LISTS.items() for codec in codecs.split()}
+_AV1 = {("mov,mp4,m4a,3gp,3g2,mj2", "av1"), ("matroska,webm", "av1")}     # decord is too old for it
+_SAME = {"decord": _PLAIN, "torchcodec": _PLAIN | _AV1}
 _COLOURS = ("yuv420p", "yuvj420p", "yuv422p", "yuv444p")
 
+# %% ../../nbs/data/10_reader.ipynb #7e1b285d
 def _check_plain(name: str, container, stream, index: FrameIndex) -> None:
     "Raise `_Unsupported` unless a decoder was found to return the same frames as PyAV."
     pair, ctx = (container.format.name, index.info.codec), stream.codec_context
@@ -570,6 +588,7 @@ def read_frames(
         except _Unsupported as e: _warn_once(backend, index.info.codec, e)
     return read_frames(source, asked, index=index, max_bytes=max_bytes)
 
+# %% ../../nbs/data/10_reader.ipynb #8f2c396e
 def iter_frames(
     source: str | Path | bytes | BinaryIO,   # path, content, or binary file object
     numbers: Sequence[int],                  # frame numbers, increasing, without repeats
@@ -582,6 +601,64 @@ def iter_frames(
         numbers = _asked(source, numbers, index, 1 << 62).tolist()
         for picture in _pictures(source, container, stream, index, numbers):
             yield torch.from_numpy(np.ascontiguousarray(picture))
+
+# %% ../../nbs/data/10_reader.ipynb #0a5d84be
+def _serve() -> None:
+    "The other side of `read_isolated`: a question on stdin, the answer on stdout."
+    import resource
+    head, _, content = sys.stdin.buffer.read().partition(b"\n")
+    source, indices, memory = json.loads(head)
+    source = content if source is None else source
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answer, content = {}, b""
+    try:
+        if indices is None: answer["frames"] = probe(source).frames
+        else:
+            frames = read_frames(source, indices, max_bytes=memory)
+            answer["shape"], content = tuple(frames.shape), frames.numpy().data
+    except VideoReadError as e: answer["error"] = str(e)
+    except MemoryError: answer["error"] = f"{_name(source)}: takes more than {memory} bytes of memory"
+    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+    sys.stdout.buffer.write(content)
+
+# %% ../../nbs/data/10_reader.ipynb #903d4a7f
+def _child(source, indices, memory: int, seconds: float) -> tuple[dict, bytes]:
+    "Ask a new process; its answer, and the bytes behind it."
+    path = str(source) if isinstance(source, (str, os.PathLike)) else None
+    asked = json.dumps([path, indices, memory]).encode() + b"\n" + (b"" if path else bytes(source))
+    code = "from vfm_lab.data.reader import _serve; _serve()"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    try:
+        done = subprocess.run([sys.executable, "-c", code], input=asked, capture_output=True,
+                              timeout=seconds, env=env)
+    except subprocess.TimeoutExpired:
+        raise VideoReadError(f"{_name(source)}: not read within {seconds} seconds") from None
+    head, _, content = done.stdout.partition(b"\n")
+    try: answer = json.loads(head)
+    except ValueError:
+        why = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
+        raise VideoReadError(f"{_name(source)}: its decoder ended with code {done.returncode} "
+                             f"({why[0][:120]}), limit {memory} bytes of memory") from None
+    if "error" in answer: raise VideoReadError(answer["error"])
+    return answer, content
+
+# %% ../../nbs/data/10_reader.ipynb #b3e7169d
+def read_isolated(
+    source: str | Path | bytes | BinaryIO,   # path, content, or binary file object
+    indices: Sequence[int] | Callable[[int], Sequence[int]],   # as for `read_frames`
+    *, max_memory: int = 2 << 30,            # bytes that decoding may take
+    seconds: float = 60,                     # for each of its processes, start included
+) -> torch.Tensor:                           # uint8 (T, H, W, 3), RGB; raises VideoReadError
+    "`read_frames` in a process of its own with limits; a crash there is an error here. Linux only."
+    if sys.platform != "linux":
+        raise NotImplementedError("read_isolated needs the memory limits of Linux")
+    if hasattr(source, "read"): source = _checked(source).read()
+    if callable(indices): indices = indices(_child(source, None, max_memory, seconds)[0]["frames"])
+    numbers = np.asarray(indices, np.int64).reshape(-1).tolist()
+    answer, content = _child(source, numbers, max_memory, seconds)
+    return torch.from_numpy(np.frombuffer(content, np.uint8).copy()).reshape(answer["shape"])
 
 # %% ../../nbs/data/10_reader.ipynb #abd405ae
 def dense_indices(

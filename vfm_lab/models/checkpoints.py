@@ -131,7 +131,7 @@ def _in_text(head: bytes) -> str:
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "ignore").lstrip()
     if not all(c.isprintable() or c.isspace() for c in text): return "a file of no known kind"
     begins = f"it begins with {text[:30]!r}"
-    if text.startswith("<"): return f"a web page ({begins}): download the file itself"
+    if text.startswith("<"): return f"a web page ({begins}): download it again"
     return f"{'JSON' if text[:1] in ('{', '[') else 'text'} ({begins})"
 
 # %% ../../nbs/models/00_checkpoints.ipynb #296e61e2
@@ -155,7 +155,8 @@ def _sort(path: Path) -> str:
             raise CheckpointError(f"{path}: a safetensors file that is cut off: get it again")
         if named: return "safetensors"
         raise CheckpointError(f"{path}: a safetensors file by another name: call it .safetensors")
-    if what := _elsewise(head, path): raise CheckpointError(f"{path}: no weight file, but {what}")
+    what = _elsewise(head, path)
+    if what: raise CheckpointError(f"{path}: not a weight file, but {what}")
     if not named: return "torch"
     raise CheckpointError(f"{path}: a torch file called .safetensors: call it .pth")
 
@@ -422,8 +423,9 @@ def compare_settings(
             theirs = said.get(at, said.get("", {}))
             silent = silent and place != "its header" and "act" not in theirs
             for key in (k for k in ours if k in theirs and theirs[k] != ours[k]):
+                name = key if place == "its header" else SETTINGS[key]
                 raise CheckpointError(
-                    f"{file}: {place} says {SETTINGS[key]} {theirs[key]!r}, but this "
+                    f"{file}: {place} says {name} {theirs[key]!r}, but this "
                     f"{type(model).__name__} has {key}={ours[key]!r}; build it with the same")
     return [model.unsaid] if file and silent else []
 

@@ -483,8 +483,10 @@ def load_official(
     "Build the tower that fits an official file and fill it; raises `CheckpointError` if a key is missing or does not fit."
     state = read_weights(path)
     bare, what = peel(state), f"{path}: not a multimodal file of InternVideo"
-    if "clip.visual.conv1.weight" not in bare:
-        raise CheckpointError(f"{what}, but {clip_layout(bare) or 'another layout'}; {layout(state)}")
+    if (stem := "clip.visual.conv1.weight") not in bare:
+        other = clip_layout(bare)
+        why = f"but {other}" if other else f"for {stem} is missing"
+        raise CheckpointError(f"{what}, {why}; {layout(state)}")
     try:
         ours = from_official(bare)
         model = build_like(VideoText, sizes_from_official(bare, heads, text_heads), ours)
