@@ -413,3 +413,13 @@ def test_a_kill_while_writing_leaves_no_index(tmp_path, clip, monkeypatch):
     os.unlink(tmp_path / "b.mp4")
     with pytest.raises(ValueError, match="b.mp4: cannot be read"): write_shards(data, tmp_path / "s", per_shard=1)
     assert not index.exists() and sorted(p.name for p in (tmp_path / "s").iterdir()) == ["00000.tar", "00001.tar"]
+
+
+def test_the_rival_of_the_benchmark_does_the_same_work(here, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    from manifest import by_dicts
+    file = listed(here, "path,label\na.mp4,1\nb.mp4,0\n")
+    assert by_dicts(file) == list(VideoManifest(file).items)
+    for text in ("path,label\na.mp4,1\na.mp4,1\n", "path,label\na.mp4,1\ngone.mp4,1\n"):
+        for read in (by_dicts, VideoManifest):
+            with pytest.raises(ValueError): read(listed(here, text))
