@@ -436,7 +436,7 @@ def test_changed_data_are_refused(tmp_path):
     for other in (Known("rows 2"), ConcatDataset([Known("rows 1"), Known("rows 2")])):
         with pytest.raises(
             ValueError,
-            match="step_00000003 belongs to a run on other data .rows 1, now .*another folder|own folder",
+            match="step_00000003 belongs to a run on other data .rows 1, now .*its own folder",
         ):
             run(other, "own")
     run(Subset(Points(), range(40)), "subset")
@@ -658,7 +658,7 @@ def test_validation_leaves_the_model_as_it_was():
 
 
 def test_two_processes_validate_as_one(tmp_path):
-    "evaluate() adds up over the processes; with a callback of the main process alone it would wait for ever."
+    "evaluate() adds up over the processes: called on the main one alone, it would wait for ever."
     alone = tmp_path / "alone"
     alone.mkdir()
     one = train_toy.tune(alone)
