@@ -476,17 +476,22 @@ OUT_OF_RANGE = {
 @pytest.mark.parametrize("text", OUT_OF_RANGE, ids=lambda t: t.replace("\n", ", "))
 def test_a_number_out_of_range_is_named(text, tmp_path):
     (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(ValueError) as caught: recipes.read_recipe(tmp_path / "p.yaml", recipes.Finetune)
+    with pytest.raises(ValueError) as caught:
+        recipes.read_recipe(tmp_path / "p.yaml", recipes.Finetune)
     assert str(caught.value).startswith(f"{tmp_path / 'p.yaml'}: {OUT_OF_RANGE[text]}")
 
 
-@pytest.mark.parametrize("option, value, says", [
-    ("--machine.keep", "-1", "machine.keep: -1, must be at least 1"),
-    ("--schedule.epochs", "inf", "schedule.epochs: inf, must be"),
-    ("--schedule.base-lr", "nan", "schedule.base_lr: nan, must be"),
-    ("--steps", "0", "steps: 0, must be at least 1"),
-    ("--schedule.epochs", "0.01", "schedule.epochs: 0.01 of 4 steps are less than one step"),
-    ("--schedule.batch", "36", "do not fill a batch of 36")])
+@pytest.mark.parametrize(
+    "option, value, says",
+    [
+        ("--machine.keep", "-1", "machine.keep: -1, must be at least 1"),
+        ("--schedule.epochs", "inf", "schedule.epochs: inf, must be"),
+        ("--schedule.base-lr", "nan", "schedule.base_lr: nan, must be"),
+        ("--steps", "0", "steps: 0, must be at least 1"),
+        ("--schedule.epochs", "0.01", "schedule.epochs: 0.01 of 4 steps are not one"),
+        ("--schedule.batch", "36", "do not fill a batch of 36"),
+    ],
+)
 def test_an_option_out_of_range_is_named(option, value, says, tmp_path, monkeypatch):
     start = ("pretrain", "videomae", "--config", "videomae_tiny", "--out", tmp_path / "run")
     assert says in leave(monkeypatch, *start, option, value)
@@ -495,10 +500,15 @@ def test_an_option_out_of_range_is_named(option, value, says, tmp_path, monkeypa
 
 HOSTILE = {
     "deep": "[" * 200000,
-    "bomb": "a: &a [x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}, *{chr(97 + i)}]\n"
-                                    for i in range(9)),
-    "merge bomb": "a: &a {k: 1}\n" + "".join(f"b{i}: &b{i} {{<<: [*{'a' if not i else f'b{i - 1}'}, *a, *a]}}\n"
-                                            for i in range(30)),
+    "bomb": "a: &a [x]\n"
+    + "".join(
+        f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}, *{chr(97 + i)}]\n"
+        for i in range(9)
+    ),
+    "merge bomb": "a: &a {k: 1}\n"
+    + "".join(
+        f"b{i}: &b{i} {{<<: [*{'a' if not i else f'b{i - 1}'}, *a, *a]}}\n" for i in range(30)
+    ),
     "digits": "seed: " + "9" * 5000,
     "itself": "model_args: &m {x: *m}",
     "bool": "a: !!bool maybe",
@@ -526,7 +536,9 @@ def test_recipes_of_the_lab_have_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("videomae_tiny", "videomae_tiny.yaml"):
         assert recipes.recipe_file(name).resolve() == ROOT / "recipes/videomae_tiny.yaml"
-    with pytest.raises(ValueError, match="^vidoemae_tiny: no such file.*did you mean videomae_tiny"):
+    with pytest.raises(
+        ValueError, match="^vidoemae_tiny: no such file.*did you mean videomae_tiny"
+    ):
         recipes.recipe_file("vidoemae_tiny")
     (tmp_path / "videomae_tiny").mkdir()
     assert recipes.recipe_file("videomae_tiny").suffix == ".yaml"
@@ -537,35 +549,63 @@ def test_recipes_of_the_lab_have_names(tmp_path, monkeypatch):
 
 # what the command says
 
-class Odd(Exception): "An error of the program."
+
+class Odd(Exception):
+    "An error of the program."
 
 
-@pytest.mark.parametrize("error, says", [
-    (ValueError("a\x1b[2J\nb"), "vfm_lab: a\\x1b[2J; b"),
-    (FileNotFoundError(2, "No such file or directory", "x\ty"), "vfm_lab: x\\ty: No such file or directory"),
-    (VideoReadError("v.mp4: truncated"), "vfm_lab: v.mp4: truncated"),
-    (FloatingPointError("loss nan"), "vfm_lab: loss nan"),
-    (RecursionError("too deep"), "vfm_lab: too deep"),
-    (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (ValueError("a\x1b[2J\nb"), "vfm_lab: a\\x1b[2J; b"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x\ty"),
+            "vfm_lab: x\\ty: No such file or directory",
+        ),
+        (VideoReadError("v.mp4: truncated"), "vfm_lab: v.mp4: truncated"),
+        (FloatingPointError("loss nan"), "vfm_lab: loss nan"),
+        (RecursionError("too deep"), "vfm_lab: too deep"),
+        (KeyboardInterrupt(), 130),
+    ],
+)
 def test_what_main_says(error, says, monkeypatch):
-    def fails(*_): raise error
+    def fails(*_):
+        raise error
+
     monkeypatch.setitem(cli.COMMANDS, "search", fails)
     assert leave(monkeypatch, "search") == says
 
 
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
     for error in (Odd(), KeyError("x"), TypeError("x"), RuntimeError("x"), ZeroDivisionError()):
-        def fails(*_, error=error): raise error
+
+        def fails(*_, error=error):
+            raise error
+
         monkeypatch.setitem(cli.COMMANDS, "search", fails)
         monkeypatch.setattr(sys, "argv", ["vfm_lab", "search"])
-        with pytest.raises(type(error)): cli.main()
+        with pytest.raises(type(error)):
+            cli.main()
 
 
 def test_an_error_in_a_worker_is_one_line(tmp_path, monkeypatch):
-    for i in range(4): (tmp_path / f"{i}.mp4").write_bytes(b"nothing")
+    for i in range(4):
+        (tmp_path / f"{i}.mp4").write_bytes(b"nothing")
     (tmp_path / "l.csv").write_text("".join(f"{i}.mp4,0\n" for i in range(4)))
-    go = ("pretrain", "videomae", "--config", "videomae_tiny", "--data.train", tmp_path / "l.csv",
-          "--schedule.batch", 4, "--out", tmp_path / "run", "--data.workers", 1)
+    go = (
+        "pretrain",
+        "videomae",
+        "--config",
+        "videomae_tiny",
+        "--data.train",
+        tmp_path / "l.csv",
+        "--schedule.batch",
+        4,
+        "--out",
+        tmp_path / "run",
+        "--data.workers",
+        1,
+    )
     said = leave(monkeypatch, *go)
     assert said.startswith(f"vfm_lab: {tmp_path}/") and ".mp4" in said and "Traceback" not in said
 
@@ -573,7 +613,10 @@ def test_an_error_in_a_worker_is_one_line(tmp_path, monkeypatch):
 def test_version_and_doctor(monkeypatch, capsys):
     run(monkeypatch, "--version")
     assert capsys.readouterr().out == f"vfm_lab {cli.__version__}\n"
-    def absent(name): raise cli.metadata.PackageNotFoundError
+
+    def absent(name):
+        raise cli.metadata.PackageNotFoundError
+
     monkeypatch.setattr(cli.metadata, "version", absent)
     run(monkeypatch, "doctor")
     said = capsys.readouterr().out
@@ -582,19 +625,29 @@ def test_version_and_doctor(monkeypatch, capsys):
 
 def test_names_cannot_forge_lines(capsys):
     name = "a\x1b]0;owned\x07\nfake.mp4: 1.0\u202e\x9b2J"
-    cli._answers([{"video": name, "classes": [("x\ny", 0.5)]}, {"error": f"{name}: bad"}], "video", "classes", False)
+    cli._answers(
+        [{"video": name, "classes": [("x\ny", 0.5)]}, {"error": f"{name}: bad"}],
+        "video",
+        "classes",
+        False,
+    )
     said = capsys.readouterr()
     assert len(said.out.splitlines()) == 2 and len(said.err.splitlines()) == 1
     assert all(c.isprintable() or c == "\n" for c in said.out + said.err)
     cli._answers([{"video": name, "classes": [("x\ny", 0.5)]}], "video", "classes", True)
     told = capsys.readouterr().out
     assert told.isascii() and json.loads(told)[0]["video"] == name
-    with pytest.raises(ValueError): cli._answers([{"video": "a", "classes": [("x", float("nan"))]}], "video", "classes", True)
+    with pytest.raises(ValueError):
+        cli._answers([{"video": "a", "classes": [("x", float("nan"))]}], "video", "classes", True)
 
 
-@pytest.mark.parametrize("place", ["pipe:touch PWNED #/index.json", "http://127.0.0.1:9/index.json", "a::b?c/index.json"])
+@pytest.mark.parametrize(
+    "place", ["pipe:touch PWNED #/index.json", "http://127.0.0.1:9/index.json", "a::b?c/index.json"]
+)
 def test_a_name_of_data_runs_nothing(place, tmp_path, monkeypatch):
-    source = write_shards(VideoManifest(asset("clips/manifest.csv")).subset(range(8)), tmp_path / "source")
+    source = write_shards(
+        VideoManifest(asset("clips/manifest.csv")).subset(range(8)), tmp_path / "source"
+    )
     monkeypatch.chdir(tmp_path)
     folder = Path(place).parent
     shutil.copytree(source.parent, folder)
@@ -621,55 +674,97 @@ def as_folders(folder, names):
     "One class folder with two of the lab's clips for each motion that is named."
     for name in names:
         (folder / name).mkdir(parents=True)
-        for clip in sorted(asset("clips").glob(f"*_{name}.mp4"))[:2]: shutil.copy(clip, folder / name)
+        for clip in sorted(asset("clips").glob(f"*_{name}.mp4"))[:2]:
+            shutil.copy(clip, folder / name)
     return folder
 
 
 def test_features_are_made_as_the_weights_say(tmp_path, monkeypatch, capsys):
     "Statistics of the header; an option wins over them and the difference is said."
-    file = small(tmp_path / "w.safetensors", input={"stats": "clip", "sampling": "sparse", "stride": 4})
+    file = small(
+        tmp_path / "w.safetensors", input={"stats": "clip", "sampling": "sparse", "stride": 4}
+    )
     video = asset("clips/00_left.mp4")
-    ask = ("features", "--video", video, "--weights", file, "--window", 4, "--out", tmp_path / "f.npz")
+    ask = (
+        "features",
+        "--video",
+        video,
+        "--weights",
+        file,
+        "--window",
+        4,
+        "--out",
+        tmp_path / "f.npz",
+    )
     net, how, _ = open_classifier(file)
     assert how.stats == "clip"
-    def right(stats): return extract_features(net.pool, video, window=4, frames=4, size=32, stats=stats)["features"]
+
+    def right(stats):
+        return extract_features(net.pool, video, window=4, frames=4, size=32, stats=stats)[
+            "features"
+        ]
+
     run(monkeypatch, *ask)
     assert "stats" not in capsys.readouterr().err
-    (found, settings), = [load_features(tmp_path / "f.npz")]
+    ((found, settings),) = [load_features(tmp_path / "f.npz")]
     assert torch.equal(found[str(video)]["features"], right("clip")) and settings["stats"] == "clip"
     run(monkeypatch, *ask, "--stats", "half")
-    assert "w.safetensors: stats clip is usual for these weights, stats half" in capsys.readouterr().err
+    assert (
+        "w.safetensors: stats clip is usual for these weights, stats half"
+        in capsys.readouterr().err
+    )
     assert torch.equal(load_features(tmp_path / "f.npz")[0][str(video)]["features"], right("half"))
     nonsense = small(tmp_path / "n.safetensors", input={"stats": "evil"})
-    assert "n.safetensors: its header says stats 'evil'" in leave(monkeypatch, *ask, "--weights", nonsense)
+    assert "n.safetensors: its header says stats 'evil'" in leave(
+        monkeypatch, *ask, "--weights", nonsense
+    )
 
 
 def test_features_of_a_list_lose_only_the_bad_file(tmp_path, monkeypatch, capsys):
     "Of two files with one name both are kept; what is made is in the file before the next is begun."
     file, names = small(tmp_path / "w.safetensors", input={}), ["a/x.mp4", "bad.mp4", "b/x.mp4"]
-    for name in names: (tmp_path / name).parent.mkdir(exist_ok=True)
-    for name, clip in zip(names, ("00_left", "01_right", "02_up")): shutil.copy(asset(f"clips/{clip}.mp4"), tmp_path / name)
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name, clip in zip(names, ("00_left", "01_right", "02_up")):
+        shutil.copy(asset(f"clips/{clip}.mp4"), tmp_path / name)
     (tmp_path / "bad.mp4").write_bytes((tmp_path / "bad.mp4").read_bytes()[:900])
     (tmp_path / "l.csv").write_text("".join(f"{name},0\n" for name in names))
-    ask = ("features", "--video", tmp_path / "l.csv", "--weights", file, "--window", 4, "--out", tmp_path / "f.safetensors")
+    ask = (
+        "features",
+        "--video",
+        tmp_path / "l.csv",
+        "--weights",
+        file,
+        "--window",
+        4,
+        "--out",
+        tmp_path / "f.safetensors",
+    )
     assert leave(monkeypatch, *ask) == 1
     said = capsys.readouterr()
-    assert said.err.count("vfm_lab: ") == 1 and f"{tmp_path}/bad.mp4" in said.err and "8 windows of 2 videos" in said.out
+    assert (
+        said.err.count("vfm_lab: ") == 1
+        and f"{tmp_path}/bad.mp4" in said.err
+        and "8 windows of 2 videos" in said.out
+    )
     found = load_features(tmp_path / "f.safetensors")[0]
     assert set(found) == {str(tmp_path / "a/x.mp4"), str(tmp_path / "b/x.mp4")}
     a, b = found.values()
     assert not torch.equal(a["features"], b["features"])
     (tmp_path / "f.safetensors").unlink()
     real, seen = recipes._Growing.write, []
+
     def stopped(self):
         real(self)
         seen.append(set(load_features(self.file)[0]))
         raise KeyboardInterrupt
+
     monkeypatch.setattr(recipes._Growing, "write", stopped)
     assert leave(monkeypatch, *ask) == 130 and seen == [{str(tmp_path / "a/x.mp4")}]
     monkeypatch.undo()
     (tmp_path / "f.safetensors").unlink()
-    for name in names: (tmp_path / name).write_bytes(b"nothing")
+    for name in names:
+        (tmp_path / name).write_bytes(b"nothing")
     assert "l.csv: none of its 3 videos could be read" in leave(monkeypatch, *ask)
     assert not (tmp_path / "f.safetensors").exists()
 
@@ -680,33 +775,103 @@ def test_classes_go_by_name(tmp_path, monkeypatch, capsys):
     val = as_folders(tmp_path / "val", ["right", "up"])
     more = as_folders(tmp_path / "more", ["grow", "right"])
     args = [w for k, v in TINY.items() for w in (k, v)]
-    data = ("--data.train", train, "--data.val", val, "--data.frames", 4, "--data.size", 32, "--data.no-flip")
-    go = ("finetune", "--model-args", *args, "--classes", 4, *data, "--schedule.batch", 4, "--test-clips", 1,
-          "--test-crops", 1, "--mixup", 0, "--cutmix", 0, "--out", tmp_path / "run")
+    data = (
+        "--data.train",
+        train,
+        "--data.val",
+        val,
+        "--data.frames",
+        4,
+        "--data.size",
+        32,
+        "--data.no-flip",
+    )
+    go = (
+        "finetune",
+        "--model-args",
+        *args,
+        "--classes",
+        4,
+        *data,
+        "--schedule.batch",
+        4,
+        "--test-clips",
+        1,
+        "--test-crops",
+        1,
+        "--mixup",
+        0,
+        "--cutmix",
+        0,
+        "--out",
+        tmp_path / "run",
+    )
     run(monkeypatch, *go)
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     weights = tmp_path / "run/model.safetensors"
     assert read_config(weights)["classes"] == ["down", "left", "right", "up"]
-    run(monkeypatch, "classify", val, "--weights", weights, "--clips", 1, "--crops", 1, "--top", 1, "--json")
+    run(
+        monkeypatch,
+        "classify",
+        val,
+        "--weights",
+        weights,
+        "--clips",
+        1,
+        "--crops",
+        1,
+        "--top",
+        1,
+        "--json",
+    )
     named = json.loads(capsys.readouterr().out)
     right = sum(a["classes"][0][0] == Path(a["video"]).parent.name for a in named)
-    assert len(named) == 4 and {a["classes"][0][0] for a in named} <= {"down", "left", "right", "up"}
+    assert len(named) == 4 and {a["classes"][0][0] for a in named} <= {
+        "down",
+        "left",
+        "right",
+        "up",
+    }
     assert first["top1"] == right / 4
     seen = ("--test-clips", 1, "--test-crops", 1)
-    run(monkeypatch, "eval", "--weights", weights, "--data.val", val, *seen)   # model, sizes and names: the file says them
+    run(
+        monkeypatch, "eval", "--weights", weights, "--data.val", val, *seen
+    )  # model, sizes and names: the file says them
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["top1"] == right / 4
-    assert "'grow' is not among the 4 classes" in leave(monkeypatch, "eval", "--weights", weights, "--data.val", more, *seen)
-    assert "'grow' is not among the 4 classes" in leave(monkeypatch, *go[:-1], tmp_path / "other", "--data.val", more)
+    assert "'grow' is not among the 4 classes" in leave(
+        monkeypatch, "eval", "--weights", weights, "--data.val", more, *seen
+    )
+    assert "'grow' is not among the 4 classes" in leave(
+        monkeypatch, *go[:-1], tmp_path / "other", "--data.val", more
+    )
     assert not (tmp_path / "other").exists()
     unnamed = small(tmp_path / "w.safetensors", input={})
-    assert f"{val}: has 2 classes (right, up), expected 4" in leave(monkeypatch, "eval", "--weights", unnamed, "--data.val", val, *seen)
+    assert f"{val}: has 2 classes (right, up), expected 4" in leave(
+        monkeypatch, "eval", "--weights", unnamed, "--data.val", val, *seen
+    )
     (tmp_path / "names.txt").write_text("down\nleft\nright\nup\n")
-    run(monkeypatch, "eval", "--weights", unnamed, "--data.val", val, "--labels", tmp_path / "names.txt", *seen)
+    run(
+        monkeypatch,
+        "eval",
+        "--weights",
+        unnamed,
+        "--data.val",
+        val,
+        "--labels",
+        tmp_path / "names.txt",
+        *seen,
+    )
     (tmp_path / "minus.csv").write_text(f"{asset('clips/00_left.mp4')},-1\n")
     says = f"{tmp_path}/minus.csv, line 1: label -1, classes are 0 to 3"
-    assert says in leave(monkeypatch, "eval", "--weights", weights, "--data.val", tmp_path / "minus.csv", *seen)
-    assert says in leave(monkeypatch, *go[:-1], tmp_path / "other", "--data.train", tmp_path / "minus.csv")
-    assert says in leave(monkeypatch, *go[:-1], tmp_path / "other", "--data.val", tmp_path / "minus.csv")
+    assert says in leave(
+        monkeypatch, "eval", "--weights", weights, "--data.val", tmp_path / "minus.csv", *seen
+    )
+    assert says in leave(
+        monkeypatch, *go[:-1], tmp_path / "other", "--data.train", tmp_path / "minus.csv"
+    )
+    assert says in leave(
+        monkeypatch, *go[:-1], tmp_path / "other", "--data.val", tmp_path / "minus.csv"
+    )
 
 
 def test_names_of_the_rows_that_are_kept(tmp_path):
@@ -723,19 +888,36 @@ def test_a_pretrained_file_of_hugging_face(tmp_path):
     "The encoder of `VideoMAEForPreTraining` starts a fine-tuning; its features are those of transformers."
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = dict(image_size=32, patch_size=8, num_frames=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                 intermediate_size=128, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
-                 decoder_intermediate_size=64, use_mean_pooling=False, layer_norm_eps=1e-6)
+    sizes = dict(
+        image_size=32,
+        patch_size=8,
+        num_frames=4,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=128,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=64,
+        use_mean_pooling=False,
+        layer_norm_eps=1e-6,
+    )
     theirs = transformers.VideoMAEForPreTraining(transformers.VideoMAEConfig(**sizes)).eval()
     torch.save(theirs.state_dict(), tmp_path / "hf.pth")
     recipe = recipes.Finetune(model="videomae_vit_base_patch16", model_args=TINY, classes=4)
     model = recipes.build(recipe).eval()
-    report = recipes.load_classifier(model, str(tmp_path / "hf.pth"), "videomae_pretrained", None, fresh_head=True)
+    report = recipes.load_classifier(
+        model, str(tmp_path / "hf.pth"), "videomae_pretrained", None, fresh_head=True
+    )
     assert "missing" not in report and "fresh" in report
     clip = noise(1, 2, 3, 4, 32, 32)
     with torch.no_grad():
-        hidden = theirs.videomae.embeddings(clip.transpose(1, 2), torch.zeros(2, 32, dtype=torch.bool))
-        for layer in theirs.videomae.encoder.layer: hidden = layer(hidden)
+        hidden = theirs.videomae.embeddings(
+            clip.transpose(1, 2), torch.zeros(2, 32, dtype=torch.bool)
+        )
+        for layer in theirs.videomae.encoder.layer:
+            hidden = layer(hidden)
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         ours = []
         model.fc_norm.register_forward_pre_hook(lambda _, given: ours.append(given[0]))
@@ -744,6 +926,7 @@ def test_a_pretrained_file_of_hugging_face(tmp_path):
 
 
 # runs and their folders
+
 
 def videomae_run(out, **changes):
     recipe = recipes.read_recipe(ROOT / "recipes/videomae_tiny.yaml", recipes.PretrainVideoMAE)
@@ -756,19 +939,28 @@ def videomae_run(out, **changes):
 
 def test_a_start_that_failed_leaves_its_folder_free(tmp_path, monkeypatch):
     out = tmp_path / "run"
-    def fails(*_, **__): raise ValueError("no first step")
+
+    def fails(*_, **__):
+        raise ValueError("no first step")
+
     with monkeypatch.context() as m:
         m.setattr("vfm_lab.train.loop.fit", fails)
-        with pytest.raises(ValueError, match="no first step"): recipes.pretrain(videomae_run(out, steps=1, seed=1))
-    (out / "config.yaml").write_text("")                          # as a crash would leave it
+        with pytest.raises(ValueError, match="no first step"):
+            recipes.pretrain(videomae_run(out, steps=1, seed=1))
+    (out / "config.yaml").write_text("")  # as a crash would leave it
     recipes.pretrain(videomae_run(out, steps=1))
     config = out / "config.yaml"
     before = config.stat().st_mtime_ns, config.stat().st_ino
     recipes.pretrain(videomae_run(out, steps=1))
-    assert (config.stat().st_mtime_ns, config.stat().st_ino) == before    # it says the same: not written again
-    with pytest.raises(ValueError, match="seed was 0, now 1"): recipes.pretrain(videomae_run(out, steps=1, seed=1))
+    assert (
+        config.stat().st_mtime_ns,
+        config.stat().st_ino,
+    ) == before  # it says the same: not written again
+    with pytest.raises(ValueError, match="seed was 0, now 1"):
+        recipes.pretrain(videomae_run(out, steps=1, seed=1))
     config.unlink()
-    with pytest.raises(ValueError, match="holds checkpoints but no config.yaml"): recipes.pretrain(videomae_run(out, steps=1))
+    with pytest.raises(ValueError, match="holds checkpoints but no config.yaml"):
+        recipes.pretrain(videomae_run(out, steps=1))
     assert not [p for p in out.iterdir() if p.name.endswith(".draft")]
 
 
@@ -776,7 +968,9 @@ def test_accumulation_changes_nothing(tmp_path):
     "35 clips in steps of 8 are 4 steps an epoch, however a step is cut; six steps reach into the second epoch."
     curves = {}
     for parts in (1, 4):
-        recipe = videomae_run(tmp_path / str(parts), steps=6, data__size=32, machine__accumulate=parts)
+        recipe = videomae_run(
+            tmp_path / str(parts), steps=6, data__size=32, machine__accumulate=parts
+        )
         recipe.model_args |= {"image_size": 32, "depth": 1}
         assert recipes.steps_in_epoch(recipe, recipes.train_loader(recipe)) == 35 // 8
         curves[parts] = recipes.pretrain(recipe)
@@ -787,62 +981,103 @@ def test_accumulation_changes_nothing(tmp_path):
 def test_accumulation_counts_shards_alike(tmp_path):
     data = VideoManifest(asset("clips/manifest.csv")).subset(range(30))
     index = write_shards(data, tmp_path / "shards", per_shard=15)
-    for workers, steps in ((0, 3), (2, 2)):       # two readers of 15 clips: one step of 8 each
+    for workers, steps in ((0, 3), (2, 2)):  # two readers of 15 clips: one step of 8 each
         for parts in (1, 2, 4):
-            recipe = videomae_run(tmp_path, data__train=str(index), data__workers=workers, machine__accumulate=parts)
+            recipe = videomae_run(
+                tmp_path, data__train=str(index), data__workers=workers, machine__accumulate=parts
+            )
             assert recipes.steps_in_epoch(recipe, recipes.train_loader(recipe)) == steps
 
 
 def test_curves_without_a_number_can_be_written(tmp_path):
     "Under fp16 a gradient norm may be infinite; JSON knows no infinity."
-    assert recipes._curves({"grad_norm": [1.0, float("inf"), float("nan")]}) == {"grad_norm": [1.0, None, None]}
+    assert recipes._curves({"grad_norm": [1.0, float("inf"), float("nan")]}) == {
+        "grad_norm": [1.0, None, None]
+    }
 
 
 # scores that are no numbers
 
+
 class Nothing(torch.nn.Module):
-    def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.tensor(float("nan")))
-    def forward(self, clip): return torch.zeros(len(clip), 4) * self.w
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(float("nan")))
+
+    def forward(self, clip):
+        return torch.zeros(len(clip), 4) * self.w
 
 
 def test_nan_is_no_answer():
     x, y, bad = torch.randn(12, 5), torch.arange(12) % 3, torch.full((12, 5), float("nan"))
-    batch = {"clip": torch.zeros(2, 3, 4, 8, 8), "label": torch.zeros(2, dtype=torch.long), "path": ["a.mp4", "b.mp4"]}
-    with pytest.raises(ValueError, match="^a.mp4: scores"): measure(Nothing(), [batch], 4)
+    batch = {
+        "clip": torch.zeros(2, 3, 4, 8, 8),
+        "label": torch.zeros(2, dtype=torch.long),
+        "path": ["a.mp4", "b.mp4"],
+    }
+    with pytest.raises(ValueError, match="^a.mp4: scores"):
+        measure(Nothing(), [batch], 4)
     with pytest.raises(ValueError, match="00_left.mp4: scores"):
         next(classify(Nothing(), [asset("clips/00_left.mp4")], Reading(4, 32)))
     for method in (recognition.knn_accuracy, recognition.linear_probe):
-        with pytest.raises(ValueError, match="training features"): method(bad, y, x, y)
-        with pytest.raises(ValueError, match="test features"): method(x, y, bad, y)
+        with pytest.raises(ValueError, match="training features"):
+            method(bad, y, x, y)
+        with pytest.raises(ValueError, match="test features"):
+            method(x, y, bad, y)
     with pytest.raises(ValueError, match="test features"):
-        recognition.attentive_probe(x.view(12, 5, 1).expand(-1, -1, 4), y, bad.view(12, 5, 1).expand(-1, -1, 4), y, steps=1)
-    with pytest.raises(ValueError, match="cosines"): find(x, bad)
-    with pytest.raises(ValueError, match="scores of the classes"): zero_shot(bad, x, 100.0)
+        recognition.attentive_probe(
+            x.view(12, 5, 1).expand(-1, -1, 4), y, bad.view(12, 5, 1).expand(-1, -1, 4), y, steps=1
+        )
+    with pytest.raises(ValueError, match="cosines"):
+        find(x, bad)
+    with pytest.raises(ValueError, match="scores of the classes"):
+        zero_shot(bad, x, 100.0)
 
 
 # an index from elsewhere
+
 
 @pytest.fixture(scope="module")
 def indexed(tmp_path_factory):
     "Towers, their weights, two videos, and what a good index of them holds."
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("index")
-    tiny = Towers(tiny_video_text(frames=4, captions=False), word_tokenizer(caption_words()), 4, 64, "imagenet", 12, len(caption_words()))
+    tiny = Towers(
+        tiny_video_text(frames=4, captions=False),
+        word_tokenizer(caption_words()),
+        4,
+        64,
+        "imagenet",
+        12,
+        len(caption_words()),
+    )
     save_towers(tiny, folder / "w.safetensors")
     videos = [asset(f"clips/{n}.mp4") for n in ("00_left", "01_right")]
     video_index(tiny, videos, folder / "i.safetensors", folder / "w.safetensors")
-    with safe_open(folder / "i.safetensors", "pt") as f: about, vectors = json.loads(f.metadata()["index"]), f.get_tensor("vectors").clone()
+    with safe_open(folder / "i.safetensors", "pt") as f:
+        about, vectors = json.loads(f.metadata()["index"]), f.get_tensor("vectors").clone()
     return tiny, folder, videos, about, vectors
 
 
 TAMPERED = {
-    "list": lambda a, v: ([], v), "null": lambda a, v: (None, v), "no settings": lambda a, v: ({"videos": a["videos"]}, v),
-    "no videos": lambda a, v: ({"settings": a["settings"]}, v), "deep": lambda a, v: ("[" * 100000 + "]" * 100000, v),
-    "not json": lambda a, v: ("{bad", v), "fewer": lambda a, v: (a, v[:1].clone()), "more": lambda a, v: (a, torch.cat([v, v])),
-    "nan": lambda a, v: (a, v * float("nan")), "narrow": lambda a, v: (a, torch.nn.functional.normalize(v[:, :5], dim=1).contiguous()),
-    "int8": lambda a, v: (a, v.to(torch.int8)), "half": lambda a, v: (a, v.half()), "1-d": lambda a, v: (a, v[:, 0].contiguous()),
-    "large": lambda a, v: (a, v * 1e30), "no pairs": lambda a, v: ({**a, "videos": ["a", "b"]}, v),
-    "numbers": lambda a, v: ({**a, "videos": [[1, 2], [3, 4]]}, v), "NaN": lambda a, v: ('{"settings": NaN}', v)}
+    "list": lambda a, v: ([], v),
+    "null": lambda a, v: (None, v),
+    "no settings": lambda a, v: ({"videos": a["videos"]}, v),
+    "no videos": lambda a, v: ({"settings": a["settings"]}, v),
+    "deep": lambda a, v: ("[" * 100000 + "]" * 100000, v),
+    "not json": lambda a, v: ("{bad", v),
+    "fewer": lambda a, v: (a, v[:1].clone()),
+    "more": lambda a, v: (a, torch.cat([v, v])),
+    "nan": lambda a, v: (a, v * float("nan")),
+    "narrow": lambda a, v: (a, torch.nn.functional.normalize(v[:, :5], dim=1).contiguous()),
+    "int8": lambda a, v: (a, v.to(torch.int8)),
+    "half": lambda a, v: (a, v.half()),
+    "1-d": lambda a, v: (a, v[:, 0].contiguous()),
+    "large": lambda a, v: (a, v * 1e30),
+    "no pairs": lambda a, v: ({**a, "videos": ["a", "b"]}, v),
+    "numbers": lambda a, v: ({**a, "videos": [[1, 2], [3, 4]]}, v),
+    "NaN": lambda a, v: ('{"settings": NaN}', v),
+}
 
 
 @pytest.mark.parametrize("name", TAMPERED)
@@ -850,10 +1085,19 @@ def test_a_tampered_index_is_refused(name, indexed, tmp_path):
     tiny, folder, videos, about, vectors = indexed
     words, numbers = TAMPERED[name](about, vectors)
     file = tmp_path / "i.safetensors"
-    save_file({"vectors": numbers}, file, {"index": words if isinstance(words, str) else json.dumps(words)})
+    save_file(
+        {"vectors": numbers},
+        file,
+        {"index": words if isinstance(words, str) else json.dumps(words)},
+    )
     before = file.read_bytes()
-    with pytest.raises(ValueError) as caught: video_index(tiny, videos, file, folder / "w.safetensors")
-    assert str(caught.value).startswith(f"{file}: ") and len(str(caught.value).splitlines()) == 1 and file.read_bytes() == before
+    with pytest.raises(ValueError) as caught:
+        video_index(tiny, videos, file, folder / "w.safetensors")
+    assert (
+        str(caught.value).startswith(f"{file}: ")
+        and len(str(caught.value).splitlines()) == 1
+        and file.read_bytes() == before
+    )
 
 
 def test_an_index_does_not_lean_on_its_file(indexed, tmp_path):
@@ -861,18 +1105,27 @@ def test_an_index_does_not_lean_on_its_file(indexed, tmp_path):
     tiny, folder, videos, about, vectors = indexed
     file = shutil.copy(folder / "i.safetensors", tmp_path)
     stored = video_index(tiny, videos, file, folder / "w.safetensors")
-    with open(file, "r+b") as f: f.write(b"\xff" * Path(file).stat().st_size)
+    with open(file, "r+b") as f:
+        f.write(b"\xff" * Path(file).stat().st_size)
     assert stored.made == 0 and torch.equal(stored.vectors, vectors)
-    for i in range(52): shutil.copy(videos[0], tmp_path / f"{i}.mp4")
+    for i in range(52):
+        shutil.copy(videos[0], tmp_path / f"{i}.mp4")
     Path(file).unlink()
     embed, calls = tiny.video, []
+
     def slow(path):
         calls.append(path)
-        if len(calls) == 52: raise KeyboardInterrupt
+        if len(calls) == 52:
+            raise KeyboardInterrupt
         return vectors[0]
+
     tiny.video = slow
     try:
-        with pytest.raises(KeyboardInterrupt): video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors")
+        with pytest.raises(KeyboardInterrupt):
+            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors")
         tiny.video = lambda path: vectors[1]
-        assert video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors").made == 2
+        assert (
+            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors").made
+            == 2
+        )
     finally: tiny.video = embed

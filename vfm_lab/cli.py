@@ -152,7 +152,7 @@ def _answers(answers, asked, found, as_json):
         elif not as_json:
             lines = [f"  {value:8.3f}  {printable(name)}" for name, value in answer[found]]
             print(printable(answer[asked]), *lines, sep="\n", flush=True)
-    if as_json: print(json.dumps(kept, allow_nan=False, indent=1))   # in ASCII: names may be anything
+    if as_json: print(json.dumps(kept, allow_nan=False, indent=1))   # in ASCII, whatever the names
     return int(any("error" in answer for answer in kept))
 
 # %% ../nbs/10_cli.ipynb #dd9fc883
@@ -181,7 +181,8 @@ def search(*options: str) -> int:
     stored = video_index(towers, files, job.index, job.weights)
     if not job.json:
         kept = len(stored.videos) - stored.made
-        print(f"{len(stored.videos)} videos: {stored.made} embedded now, {kept} taken from {printable(job.index)}")
+        print(f"{len(stored.videos)} videos: {stored.made} embedded now, "
+              f"{kept} taken from {printable(job.index)}")
     scores, best = find(asked, stored.vectors, job.top)
     answers = [{"text": t, "videos": [(stored.videos[i], s) for i, s in zip(*pair)]} for t, *pair in zip(job.texts, best.tolist(), scores.tolist())]
     return _answers(answers + [{"error": e} for e in stored.errors], "text", "videos", job.json)
@@ -191,7 +192,7 @@ COMMANDS = {"parity": parity, "doctor": doctor, "pretrain": pretrain, "finetune"
             "classify": classify, "search": search}
 
 def main() -> None:
-    "The `vfm_lab` command. A mistake of the user is one line; an error of the program, a traceback."
+    "The `vfm_lab` command. A mistake of the user is one line, an error of the program a traceback."
     try: sys.exit(_run(*sys.argv[1:] or [""]))
     except KeyboardInterrupt: sys.exit(130)   # what shells say after Ctrl-C
     except Exception as e:
@@ -206,7 +207,7 @@ def _run(command: str, *rest: str) -> int | None:
         return tyro.extras.subcommand_cli_from_dict(kinds, prog="vfm_lab pretrain", args=rest)
     if command in ("pretrain", "finetune", "eval", "features", "classify", "search"):
         return COMMANDS[command](*rest)
-    about = f"vfm_lab {__version__}: video foundation models you can read, run and reuse (--version)"
+    about = f"vfm_lab {__version__}: video foundation models you can read, run and reuse"
     return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="vfm_lab", description=about)
 
 # %% ../nbs/10_cli.ipynb #31f80809
@@ -220,7 +221,7 @@ def _line(e: Exception) -> str:
     "An error as one line that a terminal cannot misread."
     text = str(e)
     if isinstance(e, OSError) and e.filename: text = f"{e.filename}: {e.strerror}"
-    if "Original Traceback" in text:   # from a process of the data loader: its last line is the error
+    if "Original Traceback" in text:   # from a process of the data loader: the end is the error
         text = text.rpartition(f"{type(e).__name__}: ")[2]
     return printable("; ".join(line.strip() for line in text.splitlines() if line.strip()))
 

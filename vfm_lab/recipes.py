@@ -27,7 +27,7 @@ from typing import (TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get
 
 import yaml
 
-from .files import finite, printable, read_text, replacing, write_json
+from .files import printable, read_text, replacing, write_json
 
 # %% ../nbs/05_recipes.ipynb #d6184733
 if TYPE_CHECKING:   # imported where they are needed, so that `vfm_lab --help` is quick
@@ -213,9 +213,12 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     origin, options = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         hints = get_type_hints(kind)
-        if not isinstance(value, dict): raise ValueError(f"{where.rstrip('.') or 'the file'}: expected keys and values, got {short(value)}")
+        if not isinstance(value, dict):
+            place = where.rstrip(".") or "the file"
+            raise ValueError(f"{place}: expected keys and values, got {short(value)}")
         for key in value:
-            if key not in hints: raise ValueError(f"unknown key '{where}{str(key)[:60]}'; there are {', '.join(hints)}")
+            if key in hints: continue
+            raise ValueError(f"unknown key '{where}{str(key)[:60]}'; there are {', '.join(hints)}")
         return kind(**{key: _typed(v, hints[key], f"{where}{key}{'.' * is_dataclass(hints[key])}") for key, v in value.items()})
     if origin in (Union, UnionType):
         for option in options:
@@ -326,7 +329,8 @@ def recipe_file(
     name: str | Path,  # a path, or the name of a recipe of the lab: "videomae_tiny"
 ) -> Path:             # its file; a path that exists wins
     "Where a recipe lies; raises `ValueError` naming recipes with similar names."
-    here = Path(__file__).resolve().parent if "__file__" in globals() else Path("../vfm_lab").resolve()
+    here = Path(__file__).parent if "__file__" in globals() else Path("../vfm_lab")
+    here = here.resolve()
     folder = here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
     known = {file.stem: file for file in folder.glob("*.yaml")}
     stem = str(name).removesuffix(".yaml")
@@ -348,7 +352,7 @@ def train_config(
     clips = s.batch * (recipe.data.views if s.lr_counts_views else 1)
     steps = round(s.epochs * steps_per_epoch)
     if steps < 1:
-        raise ValueError(f"schedule.epochs: {s.epochs} of {steps_per_epoch} steps are less than one step")
+        raise ValueError(f"schedule.epochs: {s.epochs} of {steps_per_epoch} steps are not one")
     total = min(recipe.steps or steps, steps)
     warmup = min(round(s.warmup_epochs * steps_per_epoch), total)
     return TrainConfig(steps=total, warmup=warmup, lr=scale_lr(s.base_lr, clips),
@@ -409,7 +413,8 @@ def steps_in_epoch(
         return shard_plan(loader.counts, recipe.schedule.batch, 1, max(loader.workers, 1), 0, 0)[1]
     steps = len(loader) // recipe.machine.accumulate
     if not steps:
-        raise ValueError(f"{recipe.data.train}: too few videos for one step of {recipe.schedule.batch}")
+        batch = recipe.schedule.batch
+        raise ValueError(f"{recipe.data.train}: too few videos for a step of {batch}")
     return steps
 
 # %% ../nbs/05_recipes.ipynb #1df22ee7
@@ -477,7 +482,10 @@ def load_classifier(
     def pretrained(state):   # official, or from Hugging Face
         if any(k.startswith("videomae.") for k in state): state = videomae.from_transformers(state)
         return videomae.classifier_from_pretrained(state)
-    starts = {"umt_stage1": (umt.classifier_from_stage1, umt.FRESH), "videomae_pretrained": (pretrained, videomae.FRESH), "clip": (partial(uniformerv2.from_clip, frames=model.patch_embed.proj.weight.shape[2]), uniformerv2.FRESH)}
+    clip = partial(uniformerv2.from_clip, frames=model.patch_embed.proj.weight.shape[2])
+    starts = {"umt_stage1": (umt.classifier_from_stage1, umt.FRESH),
+              "videomae_pretrained": (pretrained, videomae.FRESH),
+              "clip": (clip, uniformerv2.FRESH)}
     convert, fresh = starts.get(kind, (partial(finetuned_state, rows=rows), ()))   # a fine-tuned classifier is known by its keys
     given = read_weights(file)
     try:
@@ -495,15 +503,15 @@ def first_process() -> bool:
 def claim_folder(
     recipe: Recipe,  # whose `out` is meant
 ) -> None:
-    """Write `config.yaml`; a start that failed before its first checkpoint has left nothing to keep.
+    """Write `config.yaml`; a start that failed before its first checkpoint left nothing to keep.
 
     Raises `ValueError` if the folder holds checkpoints of a run with other numbers."""
     from vfm_lab.train.resume import checkpoints
     file = Path(recipe.out) / "config.yaml"
     if checkpoints(recipe.out):
         if not file.exists():
-            raise ValueError(f"{recipe.out}: holds checkpoints but no config.yaml, so whose they are "
-                             "is not known; take another folder")
+            raise ValueError(f"{recipe.out}: holds checkpoints but no config.yaml, so whose they "
+                             "are is not known; take another folder")
         old = _numbers(asdict(read_recipe(file, type(recipe))))
         new = _numbers(asdict(recipe))
         differ = [f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
@@ -559,11 +567,14 @@ def _keep_weights(recipe: Recipe, model: "nn.Module", part: str, classes: list[s
     from safetensors.torch import save_file
     from vfm_lab.models.checkpoints import read_weights
     from vfm_lab.train.resume import checkpoints
-    weights = read_weights(checkpoints(recipe.out)[-1] / "model.safetensors")   # whole, also after a sharded run
+    last = checkpoints(recipe.out)[-1]
+    weights = read_weights(last / "model.safetensors")   # whole, also after a sharded run
     seen = {k: getattr(recipe.data, k) for k in ("stats", "sampling", "stride")}
-    config = {"model": recipe.model} | getattr(model.get_submodule(part), "config", {}) | {"input": seen}
+    sizes = getattr(model.get_submodule(part), "config", {})
+    config = {"model": recipe.model} | sizes | {"input": seen}
     if classes: config["classes"] = classes
-    state = {k.removeprefix(part).removeprefix("."): v for k, v in weights.items() if k.startswith(part)}
+    front = f"{part}." if part else ""
+    state = {k.removeprefix(front): v for k, v in weights.items() if k.startswith(front)}
     with replacing(Path(recipe.out) / "model.safetensors") as draft:
         save_file(state, draft, {"config": json.dumps(config)})
 
@@ -618,19 +629,20 @@ def open_weights(
     from vfm_lab.models.videomae import read_label_map
     from vfm_lab.tasks.classify import described, header, open_classifier
     if recipe.weights_from in NO_HEAD:
-        usual = replace(recipe, model=recipe.model or USUAL[type(recipe)], classes=recipe.classes or 1)
-        model = build(usual)
+        name = recipe.model or USUAL[type(recipe)]
+        model = build(replace(recipe, model=name, classes=recipe.classes or 1))
         report = load_classifier(model, recipe.weights, recipe.weights_from, None, fresh_head=True)
         return model.eval(), described(model, header(recipe.weights)[2]), report
     rows = getattr(recipe, "label_map", None)
     if rows == "first":
-        if not recipe.classes: raise ValueError("label_map 'first' needs classes: so many rows are kept")
+        if not recipe.classes: raise ValueError("label_map 'first' needs classes, to know how many")
         rows = range(recipe.classes)
     elif rows: rows = read_label_map(rows)
     name = recipe.model or (None if header(recipe.weights)[0] else USUAL[type(recipe)])
     model, how, report = open_classifier(recipe.weights, name, recipe.model_args, rows)
     if recipe.classes not in (None, model.num_classes):
-        raise ValueError(f"{recipe.weights}: {model.num_classes} classes, the recipe says {recipe.classes}")
+        raise ValueError(f"{recipe.weights}: {model.num_classes} classes, "
+                         f"the recipe says {recipe.classes}")
     return model, how, str(report)
 
 # %% ../nbs/05_recipes.ipynb #259eea57
@@ -649,12 +661,13 @@ def evaluate(
 ) -> dict:             # "top1", "top5", "interval" (95 %), "videos"
     """Test a classifier, each process its share of the videos.
 
-    Raises `ValueError` without weights or videos, for a wrong label, and for scores that are NaN."""
+    Raises `ValueError` without weights or videos, for a wrong label, and for NaN."""
     from vfm_lab.tasks.classify import read_labels
     check(recipe)
     if not recipe.weights: raise ValueError("weights is empty: name the file to test")
     if recipe.weights_from in NO_HEAD:
-        raise ValueError(f"{recipe.weights}: a file of kind {recipe.weights_from!r} has no head to test; fine-tune first")
+        raise ValueError(f"{recipe.weights}: a file of kind {recipe.weights_from!r} has no head "
+                         "to test; fine-tune first")
     model, how, report = open_weights(recipe)
     names = read_labels(recipe.labels, model.num_classes) if recipe.labels else how.classes
     seen = {k: getattr(recipe.data, k) for k in ("frames", "size", "stats", "sampling", "stride")}
@@ -692,12 +705,13 @@ def features(
 ) -> dict[str, int]:   # video → number of windows; 0: it could not be read, as standard error tells
     """Write the features of one video, or of all videos of a manifest, to one file.
 
-    The file grows as they are made. Raises `ValueError` without weights or a video that can be read."""
+    The file grows as they are made. Raises `ValueError` if there are no weights or videos."""
     from vfm_lab.data.datasets import read_manifest
     check(recipe)
     if not recipe.weights or not recipe.video: raise ValueError("features needs --weights and --video")
     out = Path(recipe.out)
-    if out.suffix not in (".safetensors", ".npz"): raise ValueError(f"{out}: features are written to .safetensors or .npz")
+    if out.suffix not in (".safetensors", ".npz"):
+        raise ValueError(f"{out}: features are written to .safetensors or .npz")
     if not out.absolute().parent.is_dir(): raise ValueError(f"{out}: there is no such folder")
     many = Path(recipe.video).suffix.lower() in (".csv", ".txt", ".tsv")
     paths = [row["path"] for row in read_manifest(recipe.video)] if many else [recipe.video]
@@ -708,12 +722,15 @@ def features(
     for path, one in _extracted(recipe, model, how, paths):
         counts[path] = len(one["features"]) if one else 0
         if one: file.add(path, one)
-    if not file.found: raise ValueError(f"{recipe.video}: none of its {len(paths)} videos could be read")
+    if not file.found:
+        raise ValueError(f"{recipe.video}: none of its {len(paths)} videos could be read")
     file.write()
     return counts
 
 # %% ../nbs/05_recipes.ipynb #198e657a
-def _extracted(recipe: Features, model: "nn.Module", how: "Reading", paths: list[str]) -> Iterator[tuple[str, dict | None]]:
+def _extracted(
+    recipe: Features, model: "nn.Module", how: "Reading", paths: list[str],
+) -> Iterator[tuple[str, dict | None]]:
     "Videos and their features; None: it could not be read. A single video raises."
     import torch
     from vfm_lab.data.reader import VideoReadError
@@ -731,7 +748,6 @@ def _extracted(recipe: Features, model: "nn.Module", how: "Reading", paths: list
             print(f"vfm_lab: {printable(str(e))}", file=sys.stderr)
             yield path, None
             continue
-        finite(one["features"], f"{path}: features")
         yield path, one
 
 # %% ../nbs/05_recipes.ipynb #e5bfcc9d

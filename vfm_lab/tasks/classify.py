@@ -53,6 +53,7 @@ def reading(
     frames, size = model.grid[0] * model.patch_embed.tubelet, model.grid[1] * model.patch_embed.patch
     return Reading(frames, size, sampling="dense" if isinstance(model, videomae.VideoMAEClassifier) else "sparse")
 
+# %% ../../nbs/tasks/20_classify.ipynb #7b91abe6
 def described(
     model: nn.Module,  # as for `reading`
     said: dict,        # what the header of its file says: see `header`
@@ -61,7 +62,8 @@ def described(
     "How the classifier of a file wants to see a video."
     how = replace(reading(model), **said)
     named = len(how.classes or [])
-    if rows is not None and named: how.classes = [how.classes[r] for r in rows] if max(rows) < named else None
+    if rows is not None and named:
+        how.classes = [how.classes[r] for r in rows] if max(rows) < named else None
     return how
 
 # %% ../../nbs/tasks/20_classify.ipynb #493671c1

@@ -231,7 +231,7 @@ def _stored(file: Path, settings: dict) -> dict:
     if not _is_index(about, vectors): raise ValueError(f"{file}: not an index of videos")
     if about["settings"] != settings: return {}
     if vectors.shape[1] != settings["width"]:
-        raise ValueError(f"{file}: vectors of {vectors.shape[1]} numbers, expected {settings['width']}")
+        raise ValueError(f"{file}: vectors of {vectors.shape[1]} numbers, not {settings['width']}")
     return {path: (stamp, vector) for (path, stamp), vector in zip(about["videos"], vectors)}
 
 def _store(file: Path, settings: dict, kept: dict) -> None:
@@ -255,8 +255,9 @@ def video_index(
     file = Path(file)
     if not file.absolute().parent.is_dir():
         raise ValueError(f"{file}: there is no such folder for the index")
-    settings = {"weights": [str(Path(weights).resolve()), *_stamp(weights)], "width": _width(towers),
-                "frames": towers.frames, "size": towers.size, "stats": towers.stats}
+    settings = {"weights": [str(Path(weights).resolve()), *_stamp(weights)],
+                "frames": towers.frames, "size": towers.size, "stats": towers.stats,
+                "width": _width(towers)}
     kept, paths, errors, made = _stored(file, settings), [], [], 0
     for path in (str(Path(v).resolve()) for v in videos):
         try:

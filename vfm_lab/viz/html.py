@@ -94,8 +94,8 @@ def policy(
     "What a browser may do for a page: run and apply what stands in it now, load nothing."
     def hashes(tag: str) -> str:
         inside = re.findall(rf"<{tag}>(.*?)</", page, re.S)
-        sums = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inside]
-        return " ".join(f"'sha256-{s}'" for s in sums)
+        sums = [hashlib.sha256(text.encode()).digest() for text in inside]
+        return " ".join(f"'sha256-{base64.b64encode(s).decode()}'" for s in sums)
     style, script = hashes("style"), hashes('script type="module"')
     return (f"default-src 'none'; img-src data:; style-src {style}; script-src {script}; "
             "base-uri 'none'; form-action 'none'")
@@ -112,7 +112,8 @@ def save_page(
     body = fragment(pack(explorer))
     head = (f'<meta http-equiv="Content-Security-Policy" content="{policy(style + body)}">'
             '<meta name="viewport" content="width=device-width">'
-            f'<meta name="color-scheme" content="light dark"><title>{html.escape(explorer.title)}</title>')
+            '<meta name="color-scheme" content="light dark">'
+            f"<title>{html.escape(explorer.title)}</title>")
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{head}{style}</head>\n'
             f"<body>\n{body}\n</body></html>\n")
     with replacing(path) as draft: draft.write_text(page, encoding="utf-8")
