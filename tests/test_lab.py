@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from vfm_lab.lab import claim, interval, t975, told, verdict
+from vfm_lab.lab import claim, interval, luck, t975, told, verdict
 
 
 @pytest.mark.parametrize("freedom, value", [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042),
@@ -33,6 +33,15 @@ def test_three_answers():
     assert verdict([0.10, 0.12, 0.11], margin=0.1) is None
     assert verdict([0.0, 0.0, 0.0]) is None             # no difference is not better
     assert verdict([-0.01, -0.01, -0.01], margin=-0.02) is True
+
+
+def test_the_luck_of_a_shared_test_set_counts_too():
+    assert luck(0.5, 1024) == pytest.approx(0.0433, abs=1e-4)      # 1.96 · sqrt(0.5 / 1024)
+    close = [0.010, 0.011, 0.012]                                  # five clips of 500, three times
+    assert verdict(close) is True and verdict(close, noise=luck(0.5, 500)) is None
+    assert verdict([-d for d in close], noise=luck(0.5, 500)) is None
+    assert verdict([0.1, 0.11, 0.12], noise=luck(0.5, 500)) is True
+    assert verdict([0.1, 0.11, 0.12], margin=0.1, noise=luck(0.5, 500)) is None
 
 
 def test_one_run_decides_nothing():
