@@ -88,6 +88,7 @@ def open_classifier(
     except CheckpointError as e:
         raise CheckpointError(str(e) if str(e).startswith(str(file)) else f"{file}: {e}") from None
 
+# %% ../../nbs/tasks/20_classify.ipynb #1c93971a
 def _as_said(how: Reading, said: object) -> Reading:
     "How a file wants its clips made; raises `CheckpointError` for a setting that cannot be."
     if not isinstance(said, dict): raise CheckpointError(f"input in the header cannot be {said!r}")
