@@ -1,4 +1,4 @@
-"Lists, folders and shards as other people hand them over: every clip with its right label, or one line that says where the fault is."
+"Lists, folders and shards of other people: each clip with its label, or a line with the fault."
 
 import io
 import json
