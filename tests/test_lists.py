@@ -255,8 +255,8 @@ def test_items_are_a_sequence(here):
     assert (
         items == list(items)
         and items + [{"path": "z"}] == [*items, {"path": "z"}]
-        and pickle.loads(pickle.dumps(items)) == items
-    )  # noqa: S301
+        and pickle.loads(pickle.dumps(items)) == items  # noqa: S301
+    )
     with pytest.raises(IndexError):
         items[3]
 
