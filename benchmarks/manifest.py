@@ -1,7 +1,8 @@
-"""A long list of clips: seconds to read it and memory to hold it: `python benchmarks/manifest.py` (about two minutes).
+"""A long list of clips, seconds and memory: `python benchmarks/manifest.py` (about five minutes).
 
-`VideoManifest` reads a CSV with a million rows and holds names and labels in columns. The peer is the straightforward form, the standard library's
-`csv.DictReader` into a list of dicts with one `os.path.isfile` a row. Both find that every file is there and none comes twice. Each side runs in
+`VideoManifest` reads a CSV with a million rows and holds names and labels in columns. The peer is
+the straightforward form, the standard library's `csv.DictReader` into a list of dicts with one
+`os.path.isfile` a row. Both find that every file is there and none comes twice. Each side runs in
 processes of its own; the files are empty, and there is one for every row.
 """
 import csv, os, sys, tempfile
@@ -38,7 +39,15 @@ def side(name: str, file: str, what: str) -> float:
     data = SIDES[name](Path(file))
     assert len(data) == ROWS
     now = os.times()
-    return {"seconds": now.user + now.system - start.user - start.system, "peak": high() - before, "held": held() - before}[what]
+    if what == "seconds": return now.user + now.system - start.user - start.system
+    return {"peak": high, "held": held}[what]() - before
+
+def measure(name: str, file: Path) -> dict:
+    "The row of one side."
+    times = [in_process(__file__, name, file, "seconds") for _ in range(RUNS)]
+    peak, after = (in_process(__file__, name, file, what) for what in ("peak", "held"))
+    return {"CPU seconds": round(min(times), 1), "peak memory, MB": round(peak),
+            "held afterwards, MB": round(after), "bytes a row": round(after * 2**20 / ROWS)}
 
 def main() -> None:
     about = machine(rows=ROWS)
@@ -47,13 +56,14 @@ def main() -> None:
         names = [f"class_{i % 400:03}/video_{i:08}.mp4" for i in range(ROWS)]
         for name in names: (Path(folder) / name).touch()
         file = Path(folder) / "list.csv"
-        file.write_text("path,label\n" + "".join(f"{name},{i % 400}\n" for i, name in enumerate(names)))
-        def best(name, what): return min(in_process(__file__, name, file, what) for _ in range(RUNS if what == "seconds" else 1))
-        rows = {name: {"CPU seconds": round(best(name, "seconds"), 1), "peak memory, MB": round(best(name, "peak")),
-                       "held afterwards, MB": round(best(name, "held"))} for name in SIDES}
-        for row in rows.values(): row["bytes a row"] = round(row["held afterwards, MB"] * 2**20 / ROWS)
-    if smoke(): return print(rows)   # the results of a few rows are no results
-    report("manifest", "A million rows", f"the best of {RUNS} runs for the seconds. What is held afterwards is what every worker process "
-           "comes to copy if it is a list of Python objects.", about, {"reader": rows})
+        lines = [f"{name},{i % 400}\n" for i, name in enumerate(names)]
+        file.write_text("path,label\n" + "".join(lines))
+        rows = {name: measure(name, file) for name in SIDES}
+    if smoke(): return print(rows)   # a few rows are no result
+    text = (f"the best of {RUNS} runs for the seconds. What is held afterwards is what every "
+            "worker process comes to copy if it is a list of Python objects.")
+    report("manifest", "A million rows", text, about, {"reader": rows})
 
-if __name__ == "__main__": print(side(*sys.argv[1:])) if len(sys.argv) > 1 else main()
+if __name__ == "__main__":
+    if len(sys.argv) > 1: print(side(*sys.argv[1:]))
+    else: main()
