@@ -126,11 +126,10 @@ def _kind(head: bytes) -> str | None:
 def _unread(source, error: Exception) -> str:
     "Why a file cannot be opened, in words that name what it is."
     with _bytes_of(source) as file: head = file.read(4096)
-    found = _kind(head)
-    if found is None and getattr(error, "strerror", None) != "Invalid argument": return ""
-    found = found or f"a file that begins with the bytes {head[:8].hex(' ')}"
-    read = " ".join(sorted(VIDEO_SUFFIXES))
-    return f"Invalid data: this is {found}, not a video of a kind that is read here ({read})"
+    found, read = _kind(head), " ".join(s.split()[0] for s in CONTAINERS.values())
+    if found: return f"Invalid data: this is {found}, not a container that is read here ({read} …)"
+    if error.strerror != "Invalid argument": return error.strerror
+    return f"not opened; it begins with {head[:8].hex(' ')}; containers read here are {read} …"
 
 # %% ../../nbs/data/10_reader.ipynb #c2be7714
 _BOXES = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"mvex", b"udta", b"edts"}
@@ -157,26 +156,27 @@ def _check_claims(source) -> None:
         size = file.seek(0, 2)
         file.seek(0)
         if file.read(8)[4:] not in _FIRST: return
-        claimed, sound, short = 0, False, {}
+        claimed, tracks = 0, [{}]
         for name, body, _ in _boxes(file, 0, size):
             word = struct.unpack(">8I", body)
-            if name == b"trak": short, sound = {}, False
-            if name == b"hdlr": sound = body[8:12] == b"soun"
-            if name == b"stts": short["step"] = word[1] == 1 and word[3] == 1
+            if name == b"trak": tracks.append({})
+            if name == b"hdlr": tracks[-1]["sound"] = body[8:12] == b"soun"
+            if name == b"stts": tracks[-1]["single"] = word[1] == 1 and word[3] == 1
+            if name in (b"stsz", b"stz2"): tracks[-1]["frames"] = word[2]
             if name == b"trun": claimed += word[1]
-            if name in (b"stsz", b"stz2"): short["frames"] = word[2]
-            if name in (b"stts", b"stsz", b"stz2") and "frames" in short and "step" in short:
-                claimed += 0 if sound and short["step"] else short["frames"]
-    if claimed > min(size, _MAX_PACKETS * 4):
+    samples = [t.get("frames", 0) for t in tracks if not (t.get("sound") and t.get("single"))]
+    claimed += sum(samples)
+    if claimed > min(size, 4 * _MAX_PACKETS):
         raise ValueError(f"the file claims {claimed} frames in {size} bytes: damaged or hostile")
 
 # %% ../../nbs/data/10_reader.ipynb #4180bd82
 def _video(container):
     "The video stream that is read; None if there is none but a cover picture."
-    films = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    from av.stream import Disposition
+    films = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
     if best in films or not films: return best if best in films else None
-    return max(films, key=lambda s: (bool(s.disposition & s.disposition.default), s.bit_rate or 0))
+    return max(films, key=lambda s: (s.disposition & Disposition.default, s.bit_rate or 0))
 
 # %% ../../nbs/data/10_reader.ipynb #3ad7e419
 @contextmanager
@@ -191,7 +191,7 @@ def _opened(source):
         _check_claims(source)
         try: opened = av.open(_checked(source), options=options, **lenient)
         except (av.error.InvalidDataError, av.error.ArgumentError) as e:
-            raise ValueError(_unread(source, e) or e.strerror) from e
+            raise ValueError(_unread(source, e)) from e
         with opened as container:
             stream = _video(container)
             if stream is None or not getattr(stream.codec_context, "width", 0):
@@ -301,8 +301,10 @@ def _counted(source, table: np.ndarray, _, bad: np.ndarray) -> tuple[np.ndarray,
             last = frame.duration or 0
             if frame.is_corrupt or rows.get(frame.pts) in bad: damaged.append(i)
     if not times: raise ValueError("no frame can be decoded")
-    decoding = (np.diff(table[:, 0]) > 0).all()    # avi: the n-th time is that of the n-th frame
-    return np.array(sorted(times) if decoding else times), last, damaged
+    if container.format.name == "avi" or (np.diff(table[:, 0]) > 0).all():
+        dts = np.sort(table[table[:, 5] == 0, 1])      # the n-th frame has the n-th time of decoding
+        if len(dts) == len(times): return dts, last, damaged
+    return np.array(times), last, damaged
 
 # %% ../../nbs/data/10_reader.ipynb #5cf9063b
 def _clock(times: np.ndarray, last: int, usual: int, name: str) -> np.ndarray:
