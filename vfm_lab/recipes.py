@@ -27,6 +27,7 @@ from typing import (TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get
 
 import yaml
 
+import vfm_lab
 from .files import printable, read_text, replacing, write_json
 
 # %% ../nbs/05_recipes.ipynb #d6184733
@@ -329,8 +330,7 @@ def recipe_file(
     name: str | Path,  # a path, or the name of a recipe of the lab: "videomae_tiny"
 ) -> Path:             # its file; a path that exists wins
     "Where a recipe lies; raises `ValueError` naming recipes with similar names."
-    here = Path(__file__).parent if "__file__" in globals() else Path("../vfm_lab")
-    here = here.resolve()
+    here = Path(vfm_lab.__file__).resolve().parent
     folder = here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
     known = {file.stem: file for file in folder.glob("*.yaml")}
     stem = str(name).removesuffix(".yaml")

@@ -23,7 +23,7 @@ from .checkpoints import CheckpointError, State, peel, registered, rename
 from ..nn.blocks import Block, init_weights
 from ..nn.vit import VideoClassifier, VideoViT
 from ..objectives.reconstruction import paint, pixel_cubes, pixel_target, reconstruction_loss
-from ..tokens.masking import DECODER_MASKS, clip_generators, dual_mask
+from ..tokens.masking import DECODER_MASKS, check_dual_mask, clip_generators, dual_mask
 from ..tokens.patching import Grid, unpatchify, visible_indices
 from ..tokens.positions import FixedPositions
 
@@ -121,6 +121,7 @@ class VideoMAE(MaskedAutoencoder):
         super().__init__(**model)
         if decoder_mask is not None and decoder_mask not in DECODER_MASKS: raise ValueError(f"decoder_mask is one of {', '.join(DECODER_MASKS)} or None, got {decoder_mask!r}")
         check_masks(self.encoder.grid, mask_ratio, decoder_ratio if decoder_mask else 0)
+        check_dual_mask(self.encoder.grid, mask_ratio, decoder_mask, decoder_ratio)
         self.masking, self.stats = (mask_ratio, decoder_mask, decoder_ratio), stats
         self.config |= dict(mask_ratio=mask_ratio, decoder_mask=decoder_mask, decoder_ratio=decoder_ratio, stats=stats)
 

@@ -173,7 +173,8 @@ def check_dual_mask(
     decoder_ratio: float = 0.5,           # see `dual_mask`
 ) -> None:
     "Raises `ValueError` for masks that a model cannot be trained with: they hide nothing, or all."
-    pair = dual_mask(1, grid, ratio, decoder, decoder_ratio, generator=Generator())
+    draw = Generator()   # on the CPU, also where models are built on the meta device
+    pair = dual_mask(1, grid, ratio, decoder, decoder_ratio, generator=draw, device="cpu")
     for what, share, mask in zip(("mask_ratio", "decoder_ratio"), (ratio, decoder_ratio), pair):
         if not mask.any():
             raise ValueError(f"{what} {share} leaves out none of {mask.numel()} tokens")
