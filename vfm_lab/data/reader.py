@@ -189,7 +189,8 @@ def _opened(source):
     options, name = {"format_whitelist": ",".join(CONTAINERS)}, _name(source)
     try:
         _check_claims(source)
-        try: opened = av.open(_checked(source), options=options, **lenient)
+        # not `options`, which PyAV before 17.1 hands to streams that are not there yet: a crash
+        try: opened = av.open(_checked(source), container_options=options, **lenient)
         except (av.error.InvalidDataError, av.error.ArgumentError) as e:
             raise ValueError(_unread(source, e)) from e
         with opened as container:
