@@ -89,15 +89,17 @@ def _tensors(state: object, name: str) -> Mapping[str, Tensor]:
         if why := _odd(tensor): raise CheckpointError(f"{name}: {printable(key)} is {why}")
     return state
 
+# %% ../../nbs/models/00_checkpoints.ipynb #3bb1def5
 def unwrap(
     state: Mapping,           # what a torch file held
     name: str = "state dict", # for error messages
 ) -> Weights:                 # plain key → tensor
-    "Weights without the levels and prefixes around them; raises `CheckpointError` if there are none."
+    "Weights without levels and prefixes around them; raises `CheckpointError` if there are none."
     notes = []
     for _ in range(LEVELS + 1):
         if not isinstance(state, Mapping):
-            raise CheckpointError(f"{name}: expected a dict of tensors, found {type(state).__name__}")
+            found = type(state).__name__
+            raise CheckpointError(f"{name}: expected a dict of tensors, found {found}")
         level = next((k for k in WRAPPERS if isinstance(state.get(k), Mapping)), None)
         if level is None: break
         others = [k for k, v in state.items() if k != level and isinstance(v, Mapping)

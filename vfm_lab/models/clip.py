@@ -267,14 +267,16 @@ def text_from_openai(
     state: State,  # OpenAI names; the image tower in the same file is left out
 ) -> State:        # our names
     "Text tower of an OpenAI state dict."
+    state = peel(state)
     return rename({r"visual\.|logit_scale|input_resolution|context_length|vocab_size": None, r"token_embedding": "token_embed",
-                   r"positional_embedding": "pos_embed", r"ln_final": "norm", r"text_projection": "proj", **BLOCK_OPENAI})(peel(state))
+                   r"positional_embedding": "pos_embed", r"ln_final": "norm", r"text_projection": "proj", **BLOCK_OPENAI})(state)
 
 # %% ../../nbs/models/10_clip.ipynb #0bacff69
 def _from_transformers(state: State, names: dict[str, str | None]) -> State:
     "Common part of both towers: separate q, k, v become one matrix, projections are transposed."
+    state = peel(state)
     state = rename({**names, r"encoder\.layers\.": "blocks.", r"(blocks\.\d+\.)self_attn\.out_proj": r"\1attn.proj",
-                    r"(blocks\.\d+\.)self_attn": r"\1attn", r"(blocks\.\d+\.)layer_norm": r"\1norm"})(peel(state))
+                    r"(blocks\.\d+\.)self_attn": r"\1attn", r"(blocks\.\d+\.)layer_norm": r"\1norm"})(state)
     for key in [k for k in state if ".attn.q_proj." in k]:
         state[key.replace("q_proj", "qkv")] = torch.cat([state.pop(key.replace("q_proj", f"{n}_proj")) for n in "qkv"])
     if state.get("proj.weight") is not None: state["proj"] = state.pop("proj.weight").T
@@ -320,7 +322,8 @@ def vision_from_timm(
     "Image tower of a timm CLIP, whose projection is a head with a bias of zeros."
     state = peel(state)
     for key in ("head.weight", "cls_token", "pos_embed", "patch_embed.proj.weight"):
-        if key not in state: raise CheckpointError(f"no CLIP of timm, without {key}: {layout(state)}")
+        if key in state: continue
+        raise CheckpointError(f"not a CLIP of timm, without {key}; {layout(state)}")
     if (bias := state.pop("head.bias", None)) is not None and bias.abs().max() > 0:
         raise ValueError("head.bias is not zero: not a CLIP image tower")
     state["proj"] = state.pop("head.weight").T

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from .checkpoints import CheckpointError, LoadReport, State, build_like, layout
 from .checkpoints import load_weights, peel, read_weights, rename
-from .clip import CLIP, CLIPText, clip_layout, text_from_openai, tiny_clip, tiny_tokenizer
+from .clip import CLIP, CLIPText, clip_layout, text_from_openai
+from .clip import tiny_clip, tiny_tokenizer
 from .uniformerv2 import UniFormerV2, from_clip as backbone_from_clip, from_official as backbone_from_official
 from .videomae import VideoMAEClassifier
 from ..nn.attention import CrossAttention
@@ -475,6 +476,7 @@ def from_official(
     parts["text."] = text_from_openai(clip)
     return ours | {"mask_embed": ours["mask_embed"].flatten()} | {p + k: v for p, part in parts.items() for k, v in part.items()} | dict.fromkeys(state)
 
+# %% ../../nbs/models/50_internvideo.ipynb #b7dce52c
 def load_official(
     path: str | Path,               # official multimodal file
     heads: int | None = None,       # see `sizes_from_official`

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoints import State, peel, registered, rename
-from .clip import BLOCK_OPENAI, activation, inflate_stem, vision_from_openai, vision_from_timm
+from .clip import BLOCK_OPENAI, activation, inflate_stem
+from .clip import vision_from_openai, vision_from_timm
 from .videomae import head_rows
 from ..nn.attention import CrossAttention
 from ..nn.blocks import Block, Mlp, QuickGELU
@@ -250,7 +251,7 @@ class UniFormerV2(nn.Module):
         drop_path: float = 0.0,                        # stochastic depth of the last block; grows linearly from 0
         global_drop_path: float = 0.0,                 # the same for the global blocks
         drop: float = 0.5,                             # dropout in the global MLPs and before the head
-        act: str = "quick_gelu",                       # of the CLIP it starts from, see `activation`
+        act: str = "quick_gelu",                       # of its CLIP, see `activation`
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}

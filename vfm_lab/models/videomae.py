@@ -289,7 +289,8 @@ def from_transformers(
     encoder = "encoder." if "mask_token" in state else ""
     state = rename({r"videomae\.embeddings\.patch_embeddings": f"{encoder}patch_embed", r"(.*patch_embed\.)projection": r"\1proj",
                     r"videomae\.encoder\.layer": f"{encoder}blocks", r"videomae\.layernorm": f"{encoder}norm", r"decoder\.decoder_layers": "decoder.blocks",
-                    r"classifier\.": "head.", r"videomae\.embeddings\.position_embeddings": f"{encoder}pos_embed",
+                    r"classifier\.": "head.", 
+                    r"videomae\.embeddings\.position_embeddings": f"{encoder}pos_embed",
                     r"position_embeddings": "pos_embed", **_BLOCK})(state)
     for name in [k.removesuffix("query.weight") for k in state if k.endswith("attn.query.weight")]:
         state[f"{name}qkv.weight"] = torch.cat([state.pop(f"{name}{part}.weight") for part in ("query", "key", "value")])

@@ -283,6 +283,7 @@ def save_towers(
     seen = {"frames": towers.frames, "stats": towers.stats}
     save_weights(towers.model, file, towers.model.config | {"input": seen, "tokenizer": towers.tokenizer.to_str()})
 
+# %% ../../nbs/tasks/30_retrieval.ipynb #a743431d
 def open_towers(
     file: str | Path,                     # of `save_towers`, the tiny CLIP, or InternVideo's official multimodal file
     tokenizer: str | Path | None = None,  # tokenizer.json; None: the file brings its own
@@ -297,13 +298,16 @@ def open_towers(
     try: reads = Tokenizer.from_file(str(tokenizer)) if tokenizer else Tokenizer.from_str(own)
     except Exception as e: raise ValueError(f"{tokenizer or file}: not a tokenizer ({e})") from None                     # tokenizers raises nothing narrower
     text, wrapped = model.text.config, FrameMean(model) if isinstance(model, CLIP) else model
-    return Towers(wrapped.eval(), reads, frames, model.vision.image_size, stats, text["context"], text["vocab"])
+    size, context, vocab = model.vision.image_size, text["context"], text["vocab"]
+    return Towers(wrapped.eval(), reads, frames, size, stats, context, vocab)
 
+# %% ../../nbs/tasks/30_retrieval.ipynb #d5607188
 def _both_towers(file: str | Path, about: dict) -> VideoText | CLIP:
     "The towers that the header of a file describes, filled."
     vision, text = about.get("vision"), about.get("text")
     if not (isinstance(vision, dict) and isinstance(text, dict)):
-        raise CheckpointError(f"{file}: no video and text tower in it; its header has {', '.join(about)}")
+        has = ", ".join(about)
+        raise CheckpointError(f"{file}: no video and text tower in it; its header has {has}")
     weights = read_weights(file)
     def plain(vision, text): return CLIP(CLIPVision(**vision), CLIPText(**text))
     try: model = build_like(VideoText if "global_layers" in vision else plain, about, peel(weights))
