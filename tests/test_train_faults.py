@@ -436,7 +436,7 @@ def test_changed_data_are_refused(tmp_path):
     for other in (Known("rows 2"), ConcatDataset([Known("rows 1"), Known("rows 2")])):
         with pytest.raises(
             ValueError,
-            match="step_00000003 belongs to a run on other data .rows 1, now .*another folder|own folder",
+            match="step_00000003 belongs to a run on other data .rows 1, now .*its own folder",
         ):
             run(other, "own")
     run(Subset(Points(), range(40)), "subset")
@@ -464,6 +464,16 @@ def test_a_loader_may_know_it_too():
     assert fingerprint(DataLoader(Subset(Known("w"), [1]))).startswith("w · ")
 
 
+class Used(Callback):
+    "After each step the epoch, and how many of its clips are used."
+
+    def __init__(self, batch):
+        self.batch, self.clips = batch, []
+
+    def on_step(self, run):
+        self.clips.append((run.epoch, run.batch * self.batch))
+
+
 @pytest.fixture(scope="module")
 def accumulated():
     "35 clips from files, 8 in a step, in batches of 8, 4 and 2."
@@ -477,21 +487,8 @@ def accumulated():
         clips = VideoManifest(asset("clips/manifest.csv"), **views).subset(range(35))
         loader = make_loader(clips, 8 // n, shuffle=True, drop_last=True)
         config = TrainConfig(steps=9, lr=1e-2, clip_grad=1.0, accumulate=n)
-        names = []
-
-        class Names(Callback):
-            def on_step(self, run):
-                names.append((run.epoch, run.batch * (8 // n)))
-
-        runs[n] = (
-            fit(
-                FineTune(model, 8, mixup=0, cutmix=0, smoothing=0),
-                loader,
-                config,
-                callbacks=[Names()],
-            ),
-            names,
-        )
+        task, used = FineTune(model, 8, mixup=0, cutmix=0, smoothing=0), Used(8 // n)
+        runs[n] = fit(task, loader, config, callbacks=[used]), used.clips
     return runs
 
 
@@ -640,7 +637,7 @@ def test_validation_leaves_the_model_as_it_was():
             model, DataLoader(Points(), 10), TrainConfig(steps=5, lr=1e-2), callbacks=callbacks
         )
 
-    (plain, h1), (model, h2) = run(), run(Validate(measure, 2))
+    (_, h1), (model, h2) = run(), run(Validate(measure, 2))
     assert [s for s, *_ in seen] == [2, 4, 5] and not any(
         any(modes) or grad for _, modes, grad in seen
     )
@@ -658,7 +655,7 @@ def test_validation_leaves_the_model_as_it_was():
 
 
 def test_two_processes_validate_as_one(tmp_path):
-    "evaluate() adds up over the processes; with a callback of the main process alone it would wait for ever."
+    "evaluate() adds up over the processes: called on the main one alone, it would wait for ever."
     alone = tmp_path / "alone"
     alone.mkdir()
     one = train_toy.tune(alone)
