@@ -297,7 +297,10 @@ def test_a_table_put_in_by_hand_moves_along():
         assert torch.equal(net.pos, table) and "pos" not in net.state_dict()
     net.load_state_dict(net.state_dict(), assign=True)
     assert torch.equal(net.pos, table)
-    net.pos = nn.Parameter(table)                                 # and this one is kept in files
+    net.register_buffer("pos", table)                             # now kept in files
+    empty = copy.deepcopy(net).to_empty(device="cpu")
+    assert torch.equal(empty.pos, table) and "pos" in empty.state_dict()
+    net.pos = nn.Parameter(table)                                 # and trained
     assert "pos" in net.state_dict() and net.half().pos.dtype == torch.float16
 
 
