@@ -107,7 +107,8 @@ _SIGNATURES = {
     b"fLaC": "sound (FLAC)", b"FORM": "sound (AIFF)", b"#!AMR": "sound (AMR)",
     b"\xff\xf1": "sound (AAC)", b".RMF": "RealMedia", b"nut/multimedia": "NUT video",
     b"FWS": "Flash (SWF)", b"CWS": "Flash (SWF)", b"\x0b\x77": "sound (AC-3)",
-    b"version https://git-lfs": "a Git LFS pointer instead of the file", b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file",
+    b"version https://git-lfs": "a Git LFS pointer instead of the file",
+    b"\x93NUMPY": "a NumPy array", b"\x89HDF": "an HDF5 file",
 }
 
 # %% ../../nbs/data/10_reader.ipynb #18b5c2f7
@@ -126,11 +127,10 @@ def _kind(head: bytes) -> str | None:
 def _unread(source, error: Exception) -> str:
     "Why a file cannot be opened, in words that name what it is."
     with _bytes_of(source) as file: head = file.read(4096)
-    found = _kind(head)
-    if found is None and getattr(error, "strerror", None) != "Invalid argument": return ""
-    found = found or f"a file that begins with the bytes {head[:8].hex(' ')}"
-    read = " ".join(sorted(VIDEO_SUFFIXES))
-    return f"Invalid data: this is {found}, not a video of a kind that is read here ({read})"
+    found, read = _kind(head), " ".join(s.split()[0] for s in CONTAINERS.values())
+    if found: return f"Invalid data: this is {found}, not a container that is read here ({read} …)"
+    if error.strerror != "Invalid argument": return error.strerror
+    return f"not opened; it begins with {head[:8].hex(' ')}; containers read here are {read} …"
 
 # %% ../../nbs/data/10_reader.ipynb #c2be7714
 _BOXES = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf", b"mvex", b"udta", b"edts"}
@@ -157,26 +157,27 @@ def _check_claims(source) -> None:
         size = file.seek(0, 2)
         file.seek(0)
         if file.read(8)[4:] not in _FIRST: return
-        claimed, sound, short = 0, False, {}
+        claimed, tracks = 0, [{}]
         for name, body, _ in _boxes(file, 0, size):
             word = struct.unpack(">8I", body)
-            if name == b"trak": short, sound = {}, False
-            if name == b"hdlr": sound = body[8:12] == b"soun"
-            if name == b"stts": short["step"] = word[1] == 1 and word[3] == 1
+            if name == b"trak": tracks.append({})
+            if name == b"hdlr": tracks[-1]["sound"] = body[8:12] == b"soun"
+            if name == b"stts": tracks[-1]["single"] = word[1] == 1 and word[3] == 1
+            if name in (b"stsz", b"stz2"): tracks[-1]["frames"] = word[2]
             if name == b"trun": claimed += word[1]
-            if name in (b"stsz", b"stz2"): short["frames"] = word[2]
-            if name in (b"stts", b"stsz", b"stz2") and "frames" in short and "step" in short:
-                claimed += 0 if sound and short["step"] else short["frames"]
-    if claimed > min(size, _MAX_PACKETS * 4):
+    samples = [t.get("frames", 0) for t in tracks if not (t.get("sound") and t.get("single"))]
+    claimed += sum(samples)
+    if claimed > min(size, 4 * _MAX_PACKETS):
         raise ValueError(f"the file claims {claimed} frames in {size} bytes: damaged or hostile")
 
 # %% ../../nbs/data/10_reader.ipynb #4180bd82
 def _video(container):
     "The video stream that is read; None if there is none but a cover picture."
-    films = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    from av.stream import Disposition
+    films = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
     if best in films or not films: return best if best in films else None
-    return max(films, key=lambda s: (bool(s.disposition & s.disposition.default), s.bit_rate or 0))
+    return max(films, key=lambda s: (s.disposition & Disposition.default, s.bit_rate or 0))
 
 # %% ../../nbs/data/10_reader.ipynb #3ad7e419
 @contextmanager
@@ -189,9 +190,10 @@ def _opened(source):
     options, name = {"format_whitelist": ",".join(CONTAINERS)}, _name(source)
     try:
         _check_claims(source)
-        try: opened = av.open(_checked(source), options=options, **lenient)
+        # not `options`, which PyAV before 17.1 hands to streams that are not there yet: a crash
+        try: opened = av.open(_checked(source), container_options=options, **lenient)
         except (av.error.InvalidDataError, av.error.ArgumentError) as e:
-            raise ValueError(_unread(source, e) or e.strerror) from e
+            raise ValueError(_unread(source, e)) from e
         with opened as container:
             stream = _video(container)
             if stream is None or not getattr(stream.codec_context, "width", 0):
@@ -232,7 +234,7 @@ def _all_frames(source, times=None) -> Iterator["VideoFrame"]:
 class FrameIndex:
     "Where the frames of a stream are: the table that makes random access exact."
     info: VideoInfo
-    seconds: np.ndarray             # float64 (n + 1,): start of each frame, the first at 0; end of the last
+    seconds: np.ndarray             # float64 (n + 1,): start of each frame, from 0 on; end of last
     pts: list[int] | None           # presentation time of frame i, increasing; None: by counting
     keys: list[tuple[int, int]]     # (presentation, decoding time) of each key frame, increasing
     closed: bool                    # what follows a key frame in the file is shown after it
@@ -244,7 +246,7 @@ class FrameIndex:
 # %% ../../nbs/data/10_reader.ipynb #e97d5a20
 _NONE = int(np.iinfo(np.int64).min)        # no time is stated
 _GUESSED = {"mpeg", "mpegvideo", "m4v", "h264", "hevc"}   # containers whose times FFmpeg works out
-_DURATIONS = {"mov,mp4,m4a,3gp,3g2,mj2", "gif"}           # those that store how long a frame is shown
+_DURATIONS = {"mov,mp4,m4a,3gp,3g2,mj2", "gif"}    # those that store how long a frame is shown
 
 def _packet_table(container, stream) -> np.ndarray:
     "Of each packet: pts, dts, size, duration, and whether key, hidden, corrupt; int64 (m, 7)."
@@ -301,8 +303,10 @@ def _counted(source, table: np.ndarray, _, bad: np.ndarray) -> tuple[np.ndarray,
             last = frame.duration or 0
             if frame.is_corrupt or rows.get(frame.pts) in bad: damaged.append(i)
     if not times: raise ValueError("no frame can be decoded")
-    decoding = (np.diff(table[:, 0]) > 0).all()    # avi: the n-th time is that of the n-th frame
-    return np.array(sorted(times) if decoding else times), last, damaged
+    if container.format.name == "avi" or (np.diff(table[:, 0]) > 0).all():
+        dts = np.sort(table[table[:, 5] == 0, 1])    # the n-th frame has the n-th time of decoding
+        if len(dts) == len(times): return dts, last, damaged
+    return np.array(times), last, damaged
 
 # %% ../../nbs/data/10_reader.ipynb #5cf9063b
 def _clock(times: np.ndarray, last: int, usual: int, name: str) -> np.ndarray:
@@ -400,7 +404,7 @@ def _counted_frames(source, index: FrameIndex, numbers: Sequence[int]) -> Iterat
 
 # %% ../../nbs/data/10_reader.ipynb #7e1b60fa
 def wanted_frames(
-    source: str | Path | bytes | BinaryIO,   # the file, to decode from the start where that is needed
+    source: str | Path | bytes | BinaryIO,   # the file, to decode from the start where needed
     container: "InputContainer",             # the same file, opened by PyAV
     stream: "VideoStream",                   # its video stream
     index: FrameIndex,                       # its table
@@ -541,8 +545,8 @@ def check_size(
     "Refuse what would take too much memory, before anything is decoded."
     size = count * info.height * info.width * 3
     if size > max_bytes:
-        raise VideoReadError(f"{_name(source)}: {count} frames of {info.width} × {info.height} take "
-                             f"{size} bytes, more than max_bytes={max_bytes}; "
+        raise VideoReadError(f"{_name(source)}: {count} frames of {info.width} × {info.height} "
+                             f"take {size} bytes, more than max_bytes={max_bytes}; "
                              "read fewer frames at once, or make the video smaller")
 
 def _asked(source, indices, index: FrameIndex, max_bytes: int) -> np.ndarray:
@@ -567,13 +571,13 @@ def read_frames(
     source: str | Path | bytes | BinaryIO,   # path, content, or binary file object
     indices: Sequence[int] | Callable[[int], Sequence[int]],   # frame numbers in any order, or a
                                              # function of the frame count
-    *, backend: str = "auto",                # "auto", or what to try before PyAV: "decord", "torchcodec"
+    *, backend: str = "auto",                # "auto" (PyAV), or to be tried: "decord", "torchcodec"
     index: FrameIndex | None = None,         # of `open_index`, to read a file's packets only once
     max_bytes: int = 1 << 30,                # refuse, before decoding, what would take more memory
 ) -> torch.Tensor:                           # uint8 (T, H, W, 3), RGB; raises VideoReadError
     """Decode exactly the frames asked for; the same from each backend, or PyAV's with a warning.
 
-    That was measured on undamaged files. Of damaged ones only PyAV notices, and refuses, a frame."""
+    That was measured on undamaged files. Only PyAV notices, and refuses, a damaged frame."""
     if backend not in ("auto", *backends()):
         raise ValueError(f"backend {backend!r} is not installed; there are {backends()}")
     with _opened(source) as (container, stream):
@@ -582,9 +586,10 @@ def read_frames(
         asked = _asked(source, indices, index, max_bytes)
         if index.damaged:
             warnings.warn(f"{_name(source)}: {len(index.damaged)} damaged frames, the first is "
-                          f"{min(index.damaged)}; those built on them may show traces", stacklevel=2)
-        if backend in ("auto", "av"): return torch.from_numpy(_read_av(source, container, stream, index, asked))
-        try: return torch.from_numpy(_READERS[backend](source, container, stream, index, asked))
+                          f"{min(index.damaged)}; those built on them may show traces",
+                          stacklevel=2)
+        read = _READERS["av" if backend == "auto" else backend]
+        try: return torch.from_numpy(read(source, container, stream, index, asked))
         except _Unsupported as e: _warn_once(backend, index.info.codec, e)
     return read_frames(source, asked, index=index, max_bytes=max_bytes)
 
@@ -606,6 +611,7 @@ def iter_frames(
 def _serve() -> None:
     "The other side of `read_isolated`: a question on stdin, the answer on stdout."
     import resource
+    import av.video.reformatter              # noqa: F401  all libraries before the limit
     head, _, content = sys.stdin.buffer.read().partition(b"\n")
     source, indices, memory = json.loads(head)
     source = content if source is None else source
@@ -619,7 +625,7 @@ def _serve() -> None:
             frames = read_frames(source, indices, max_bytes=memory)
             answer["shape"], content = tuple(frames.shape), frames.numpy().data
     except VideoReadError as e: answer["error"] = str(e)
-    except MemoryError: answer["error"] = f"{_name(source)}: takes more than {memory} bytes of memory"
+    except MemoryError: answer["error"] = f"{_name(source)}: more than {memory} bytes of memory"
     sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
     sys.stdout.buffer.write(content)
 

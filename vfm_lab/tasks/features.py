@@ -77,7 +77,7 @@ def extract_features(
     batch: int = 8,                      # windows at a time
     device: torch.device | str = "cpu",  # where `encode` works
 ) -> dict[str, Tensor]:                  # "features" (n, D) float; "seconds" (n, 2): start and end; "frames" (n, 2): first, last
-    "Features of sliding windows; raises `VideoReadError`, and `ValueError` for NaN or an unknown preprocessing."
+    "Features of sliding windows; raises `VideoReadError`; `ValueError` for NaN or bad arguments."
     if preprocess not in PREPROCESS:
         raise ValueError(f"preprocess is one of {', '.join(PREPROCESS)}, got {preprocess!r}")
     index = open_index(source)
@@ -101,7 +101,7 @@ def save_features(
     path: str | Path,                     # ends in .safetensors or .npz; is replaced in one step
     settings: dict,                       # how they were made; goes into the file
 ) -> None:
-    "Write `name/features`, `name/seconds`, `name/frames`; raises `ValueError` for NaN or another file type."
+    "Write features, seconds and frames of videos; `ValueError` for NaN or another file type."
     flat = {f"{name}/{k}": finite(v, f"{name}: {k}").contiguous().clone()
             for name, one in found.items() for k, v in one.items()}
     path, text = Path(path), json.dumps(settings, allow_nan=False)
@@ -118,7 +118,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     "All tensors of a file, as copies, and the text of its settings."
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as f:
-            return {k: torch.from_numpy(f[k]) for k in f.files if k != "settings"}, str(f["settings"])
+            tensors = {k: torch.from_numpy(f[k]) for k in f.files if k != "settings"}
+            return tensors, str(f["settings"])
     with safe_open(path, "pt") as f:
         return {k: f.get_tensor(k).clone() for k in f.keys()}, (f.metadata() or {})["settings"]
 
@@ -129,9 +130,10 @@ def load_features(
     path = Path(path)
     try: flat, text = _read_tensors(path)
     except FileNotFoundError: raise ValueError(f"{path}: no such file") from None
-    except KeyError: raise ValueError(f"{path}: not a file of features (it has no settings)") from None
+    except KeyError: raise ValueError(f"{path}: not a file of features (no settings)") from None
     except Exception as e:
-        raise ValueError(f"{path}: not a file of features ({str(e)[:120] or type(e).__name__})") from None
+        why = str(e)[:120] or type(e).__name__
+        raise ValueError(f"{path}: not a file of features ({why})") from None
     found, settings = {}, parse_json(text, f"{path}: settings", dict)
     for key, v in flat.items():
         found.setdefault(key.rpartition("/")[0], {})[key.rpartition("/")[2]] = v
@@ -140,7 +142,7 @@ def load_features(
         n = shapes.get("features", (0,))[:1]
         if set(shapes) != {"features", "seconds", "frames"} or len(shapes["features"]) != 2 \
                 or shapes["seconds"] != (*n, 2) or shapes["frames"] != (*n, 2):
-            raise ValueError(f"{path}: expected features (n, D), seconds (n, 2) and frames (n, 2) of "
-                             f"{name!r}, found {shapes}")
+            raise ValueError(f"{path}: expected features (n, D), seconds (n, 2) and frames "
+                             f"(n, 2) of {name!r}, found {shapes}")
         for k, v in one.items(): finite(v, f"{path}: {name}/{k}")
     return found, settings
