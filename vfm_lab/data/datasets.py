@@ -21,7 +21,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate, islice
 from pathlib import Path
@@ -94,7 +94,7 @@ class Texts(Sequence):
 # %% ../../nbs/data/30_datasets.ipynb #7207f0ed
 @dataclass(eq=False)
 class Items(Sequence):
-    "What a dataset knows about its clips, in columns; `items[i]` is a dict, made when it is asked for."
+    "What a dataset knows about its clips, in columns; `items[i]` is a dict, made when asked for."
     source: str                              # list or folder that they come from
     root: str                                # where relative names start
     names: Texts                             # files as the source names them
@@ -102,7 +102,7 @@ class Items(Sequence):
     lines: Sequence[int] | None = None       # numbers of the lines (or entries) that they stand in
     word: str = "line"                       # what such a number counts
     classes: list[str] | None = None         # names of the labels
-    rows: np.ndarray | None = None           # int64: the clips that are meant, in this order; None: all
+    rows: np.ndarray | None = None           # int64: the clips that are meant; None: all
 
     def __post_init__(self):
         self.root = "" if self.root == "." else self.root
@@ -116,7 +116,8 @@ class Items(Sequence):
         values = {key: column[row] for key, column in self.columns.items()}
         return {"path": os.path.join(self.root, self.names[row]), **values}
 
-    def __eq__(self, other): return len(self) == len(other) and all(a == b for a, b in zip(self, other))
+    def __eq__(self, other):
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other))
 
     __hash__ = None
 
@@ -132,7 +133,8 @@ def _take(items: Sequence[dict], indices: Iterable[int]) -> Sequence[dict]:
 
 def _name(items: Sequence[dict], i: int) -> str:
     "A clip's file as its list names it: the same wherever the list and its files are moved to."
-    return items.names[int(items.rows[i])] if isinstance(items, Items) else str(items[i].get("path"))
+    if isinstance(items, Items): return items.names[int(items.rows[i])]
+    return str(items[i].get("path"))
 
 def _place(items: Sequence[dict], i: int) -> str:
     "Where a clip stands, for messages."
@@ -155,8 +157,9 @@ def _check_files(items: Items, names: list[str], keys: Sequence) -> None:
         first = {}
         for i, key in enumerate(keys):
             if key in first:
-                raise ValueError(f"{items.source}, {_place(items, i)}: {printable(items[i]['path'])} "
-                                 f"came already in {_place(items, first[key])}")
+                path = printable(items[i]["path"])
+                raise ValueError(f"{items.source}, {_place(items, i)}: {path} came already in "
+                                 f"{_place(items, first[key])}")
             first[key] = i
     missing = set(names)
     for folder in {os.path.dirname(name) for name in names}:
@@ -165,8 +168,9 @@ def _check_files(items: Items, names: list[str], keys: Sequence) -> None:
     if not missing: return
     lost = [i for i, name in enumerate(names) if name in missing]
     path = printable(items[lost[0]]["path"])[:300]
-    raise ValueError(f"{items.source}, {_place(items, lost[0])}: no file {path} ({len(lost)} of {len(names)} files are "
-                     "missing; relative paths are looked up from `root`, or from the folder of this file)")
+    raise ValueError(f"{items.source}, {_place(items, lost[0])}: no file {path} ({len(lost)} of "
+                     f"{len(names)} files are missing; relative paths are looked up from `root`, "
+                     "or from the folder of this file)")
 
 # %% ../../nbs/data/30_datasets.ipynb #0a6193fb
 def _few(names: Sequence) -> str:
@@ -197,16 +201,17 @@ def _unique(classes: Sequence[str]) -> list[str]:
 # %% ../../nbs/data/30_datasets.ipynb #e4824b70
 def _tidy(name: str, root: str) -> str:
     "A path as pathlib writes it, from `root` on; most are written so already."
-    if os.sep == "/" and name[0] != "/" and name[-1] not in "/." and "//" not in name and "./" not in name: return name
+    odd = name[0] == "/" or name[-1] in "/." or "//" in name or "./" in name
+    if os.sep == "/" and not odd: return name
     return str(Path(name)).removeprefix(os.path.join(root, ""))
 
 def read_manifest(
     file: str | Path,                   # the manifest
-    root: str | Path | None = None,     # where relative paths start; None: the folder of the manifest
+    root: str | Path | None = None,     # where relative paths start; None: the manifest's folder
     sep: str | None = None,             # separator; None: read off the first line
-    classes: list[str] | None = None,   # names of the labels; None: if labels are names, those found
-) -> Items:                             # one {"path": str, "label": int} per clip
-    "Clips and labels of a manifest; bad lines, missing and repeated files raise `ValueError` naming file and line."
+    classes: list[str] | None = None,   # names of the labels; None: the names found, if any
+) -> Items:                             # a {"path": str, "label": int} a clip; raises `ValueError`
+    "Clips and labels of a manifest; bad lines, missing and repeated files are named."
     root = str(Path(root or Path(file).parent))
     names, lines, kinds, labels = [], array("q"), {}, array("q")
     for n, name, label in _rows(file, sep):
@@ -219,7 +224,8 @@ def read_manifest(
     numbers = {name: k for k, name in enumerate(_unique(classes))} if named else None
     for label, kind in kinds.items():
         try: kinds[label] = _number_of(label, numbers)
-        except ValueError as e: raise ValueError(f"{file}, line {lines[labels.index(kind)]}: {e}") from None
+        except ValueError as e:
+            raise ValueError(f"{file}, line {lines[labels.index(kind)]}: {e}") from None
     labels = array("q", map(list(kinds.values()).__getitem__, labels))
     items = Items(str(file), root, Texts(names), {"label": labels}, lines, classes=classes)
     _check_files(items, names, names)
@@ -253,7 +259,8 @@ def load_clip(
 def _check_options(views: int, on_error: str) -> None:
     "Options that all datasets share."
     if views < 1: raise ValueError(f"views must be at least 1, got {views}")
-    if on_error not in ("raise", "skip"): raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
 
 def _size(path: str) -> int | None:
     "Bytes of a file; None if it is gone."
@@ -275,11 +282,11 @@ class VideoDataset(Dataset):
     tries = 10       # so many unreadable clips in a row end the run under "skip" too
     classes = None   # names of the labels, if they have names: a list
     def __init__(self,
-        items: Sequence[dict],                   # per item: "path", "index" and what else the batch shall hold
-        *, sampler: Callable = sparse_indices,   # frame count -> frame numbers, see `load_clip`
-        transform: Callable | None = None,       # frames -> clip; None: `eval_transform(224)`
-        views: int = 1,                          # repeated augmentation: transform each decoded clip so often
-        on_error: str = "raise",                 # "raise", or "skip": take another clip and report it
+        items: Sequence[dict],                  # "path", "index" and what else a batch shall hold
+        *, sampler: Callable = sparse_indices,  # frame count -> frame numbers, see `load_clip`
+        transform: Callable | None = None,      # frames -> clip; None: `eval_transform(224)`
+        views: int = 1,                         # repeated augmentation: transforms per decoded clip
+        on_error: str = "raise",                # "raise", or "skip": report, take another clip
     ):
         if not items: raise ValueError("a dataset needs at least one item")
         _check_options(views, on_error)
@@ -299,7 +306,7 @@ class VideoDataset(Dataset):
         return other
 
     def fingerprint(self) -> str:
-        "SHA-256 of the ordered items: files as they are named, their sizes, labels and all else known."
+        "SHA-256 of the ordered items: names of files, their sizes, labels and all else known."
         return _fingerprint(self.items)
 
     def __getitem__(self, key):  # i, or (stream, i): see `EpochSampler`
@@ -323,14 +330,15 @@ def _load(dataset: VideoDataset, i: int, generator: torch.Generator) -> dict:
 @dataclass
 class Found:
     "Videos of a folder, and how much of what was left out."
-    videos: list[Path] = field(default_factory=list)             # in alphabetical order
-    left_out: "Counter[str]" = field(default_factory=Counter)    # suffix or reason -> files or folders
+    videos: list[Path]          # in alphabetical order
+    left_out: "Counter[str]"    # suffix or reason -> how many files or folders
 
     def __str__(self):
         if not self.left_out: return "left out: nothing"
         kinds = [f"{n} {kind}" for kind, n in self.left_out.most_common(8)]
         more = len(self.left_out) - len(kinds)
-        return printable("left out: " + ", ".join(kinds) + (f" and {more} more kinds" if more else ""))
+        rest = f" and {more} more kinds" if more else ""
+        return printable("left out: " + ", ".join(kinds) + rest)
 
 def _hidden(name: str) -> bool: return name.startswith(".") or name == "__MACOSX"
 
@@ -352,9 +360,10 @@ def _unfit(path: str) -> str | None:
 
 def _closed(folder: str, root: str, left_out: Counter) -> bool:
     "Is a folder not to be searched? Then it is counted."
-    reason = "hidden" if _hidden(os.path.basename(folder)) else "link back" if _returns(folder, root) else ""
-    if reason: left_out[reason] += 1
-    return bool(reason)
+    hidden = _hidden(os.path.basename(folder))
+    closed = hidden or _returns(folder, root)
+    if closed: left_out["hidden" if hidden else "link back"] += 1
+    return closed
 
 def find_videos(
     root: str | Path,  # a folder; raises `ValueError` if there is none
@@ -364,7 +373,8 @@ def find_videos(
     root, found, left_out = str(Path(root)), [], Counter()
     def unreadable(error): left_out["folders that cannot be opened"] += 1
     for folder, inside, files in os.walk(root, onerror=unreadable, followlinks=True):
-        inside[:] = [name for name in inside if not _closed(os.path.join(folder, name), root, left_out)]
+        closed = {n for n in inside if _closed(os.path.join(folder, n), root, left_out)}
+        inside[:] = [name for name in inside if name not in closed]
         for path in (os.path.join(folder, name) for name in files):
             reason = _unfit(path)
             if reason: left_out[reason] += 1
@@ -379,13 +389,14 @@ def _class_folders(root: Path, names: Iterable[str], classes: list[str] | None) 
     numbers = {name: k for k, name in enumerate(_unique(classes))}
     unknown = [name for name in names if name not in numbers]
     if unknown:
-        raise ValueError(f"{root}: the class folder {unknown[0]!r} is not among the {len(classes)} classes "
-                         f"({_few(classes)})")
+        raise ValueError(f"{root}: the class folder {unknown[0]!r} is not among the "
+                         f"{len(classes)} classes ({_few(classes)})")
     return {name: numbers[name] for name in sorted(names, key=numbers.get)}
 
 def _by_class(found: Found, root: Path) -> dict[str, list[str]]:
-    "Videos of each class folder as names that start at `root`; those outside of class folders are under ''."
-    inside = {d.name: [] for d in root.iterdir() if d.is_dir() and not _closed(str(d), str(root), Counter())}
+    "Names of the videos of each class folder, from `root` on; under '' those outside of folders."
+    folders = [d for d in root.iterdir() if d.is_dir()]
+    inside = {d.name: [] for d in folders if not _closed(str(d), str(root), Counter())}
     for path in found.videos:
         name = path.relative_to(root)
         inside.setdefault(name.parts[0] if len(name.parts) > 1 else "", []).append(str(name))
@@ -393,10 +404,11 @@ def _by_class(found: Found, root: Path) -> dict[str, list[str]]:
 
 # %% ../../nbs/data/30_datasets.ipynb #52d210b3
 class VideoFolder(VideoDataset):
-    "One folder per class, `root/class/…/clip.mp4`, names in `.classes`; without class folders: no labels."
+    "One folder per class, `root/class/…/clip.mp4`, names in `.classes`; without any: no labels."
     def __init__(self,
-        root: str | Path,                   # raises `ValueError` for a class without video, or a folder of another name
-        classes: list[str] | None = None,   # names in the order of their numbers; None: those here, alphabetical
+        root: str | Path,                   # raises `ValueError` for a class without video
+        classes: list[str] | None = None,   # names in the order of their numbers, none else may be
+                                            # here (`ValueError`); None: those here, alphabetical
         **options,                          # see `VideoDataset`
     ):
         found, root = find_videos(root), Path(root)
@@ -404,7 +416,8 @@ class VideoFolder(VideoDataset):
         outside = inside.pop("", [])
         names, labels = [], array("q")
         for folder, label in _class_folders(root, inside, classes).items():
-            if not inside[folder]: raise ValueError(f"{root / folder}: no video in this class folder")
+            if not inside[folder]:
+                raise ValueError(f"{root / folder}: no video in this class folder")
             names += inside[folder]
             labels.extend([label] * len(inside[folder]))
         if inside: classes = sorted(inside) if classes is None else list(classes)
@@ -414,16 +427,17 @@ class VideoFolder(VideoDataset):
         if inside and outside: found.left_out["outside class folders"] += len(outside)
         if found.left_out: print(f"{root}: {found}", file=sys.stderr)
         columns["index"] = range(len(names))
-        super().__init__(Items(str(root), str(root), Texts(names), columns, classes=classes), **options)
+        items = Items(str(root), str(root), Texts(names), columns, classes=classes)
+        super().__init__(items, **options)
 
 # %% ../../nbs/data/30_datasets.ipynb #45f58883
 class VideoManifest(VideoDataset):
     "Clips and labels from a manifest, see `read_manifest`."
     def __init__(self,
         file: str | Path,                   # the manifest
-        root: str | Path | None = None,     # where relative paths start; None: the folder of the manifest
-        sep: str | None = None,             # separator; None: read off the first line
-        classes: list[str] | None = None,   # names of the labels in the order of their numbers, if they have names
+        root: str | Path | None = None,    # where relative paths start; None: the manifest's folder
+        sep: str | None = None,            # separator; None: read off the first line
+        classes: list[str] | None = None,  # names of the labels, in the order of their numbers
         **options,                          # see `VideoDataset`
     ):
         items = read_manifest(file, root, sep, classes)
@@ -432,7 +446,7 @@ class VideoManifest(VideoDataset):
 
 # %% ../../nbs/data/30_datasets.ipynb #4e37f051
 class VideoCaptions(VideoDataset):
-    "One item per caption from a JSON list of {video, caption}; a caption may be a list, a video may come again."
+    "One item per caption of a JSON list of {video, caption}; a caption may be a list of texts."
     def __init__(self,
         file: str | Path,                # the JSON file; raises `ValueError` naming file and entry
         root: str | Path | None = None,  # where relative paths start; None: the folder of the file
@@ -459,12 +473,13 @@ def _captions(file: str | Path) -> Iterator[tuple[str, list[str]]]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{file}: expected a list of {{\"video\", \"caption\"}}")
     for n, entry in enumerate(entries, 1):
-        video, captions = (entry.get("video"), entry.get("caption")) if isinstance(entry, dict) else (None, None)
+        about = entry if isinstance(entry, dict) else {}
+        video, captions = about.get("video"), about.get("caption")
         captions = captions if isinstance(captions, list) else [captions]
         texts = [c for c in captions if isinstance(c, str) and c.strip()]
         if not video or not isinstance(video, str) or not texts or len(texts) < len(captions):
-            raise ValueError(f"{file}, entry {n}: needs \"video\" and a \"caption\" (text, or a list of texts), "
-                             f"got {printable(str(entry)[:80])}")
+            raise ValueError(f"{file}, entry {n}: needs \"video\" and a \"caption\" (text, or a "
+                             f"list of texts), got {printable(str(entry)[:80])}")
         yield video, captions
 
 # %% ../../nbs/data/30_datasets.ipynb #21f4f449
@@ -474,6 +489,7 @@ def _labels(items: Sequence[dict]) -> Iterable:
     if "label" not in items.columns: return [None] * len(items)
     return np.frombuffer(items.columns["label"], np.int64)[items.rows].tolist()
 
+# %% ../../nbs/data/30_datasets.ipynb #a551eebb
 def check_labels(
     dataset: "VideoDataset | Sequence[dict]",  # a dataset with labels, or its items
     num_classes: int,                          # K
@@ -484,7 +500,8 @@ def check_labels(
     items, classes = getattr(dataset, "items", dataset), getattr(dataset, "classes", None)
     where = printable(str(where or getattr(items, "source", "items")))
     if classes is not None and len(classes) != num_classes:
-        raise ValueError(f"{where}: has {len(classes)} classes ({_few(classes)}), expected {num_classes}")
+        raise ValueError(f"{where}: has {len(classes)} classes ({_few(classes)}), "
+                         f"expected {num_classes}")
     found = set()
     for i, label in enumerate(_labels(items)):
         try: found.add(_checked(label, num_classes))
@@ -492,12 +509,14 @@ def check_labels(
     absent = [k for k in range(num_classes) if k not in found]
     if training and absent:
         names = [f"{k} ({classes[k]})" if classes else k for k in absent]
-        print(f"{where}: no clip of {len(absent)} of the {num_classes} classes: {_few(names)}", file=sys.stderr)
+        said = f"{where}: no clip of {len(absent)} of the {num_classes} classes: {_few(names)}"
+        print(said, file=sys.stderr)
 
 def _checked(label: Any, num_classes: int | None) -> int:
     "A label that is a class number; K = None: any whole number of 64 bits."
     if label is None: raise ValueError("no label")
-    if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or abs(label) >= 2**63:
+    whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+    if not whole or abs(label) >= 10**18:
         raise ValueError(f"the label {repr(label)[:40]} is not a whole number of at most 18 digits")
     if num_classes is not None and not 0 <= label < num_classes:
         raise ValueError(f"label {label}, classes are 0 to {num_classes - 1}")
@@ -549,18 +568,20 @@ def skip_report(
     skipped: list[str],  # messages of `VideoReadError`, which name file and cause
 ) -> str:
     "One line per clip or shard that could not be read, with the number of times it was met."
-    lines = [f"  {message}" + (f" ({n} times)" if n > 1 else "") for message, n in sorted(Counter(skipped).items())]
-    return "\n".join([f"{len(skipped)} × something could not be read; other clips took its place:", *lines])
+    counts = sorted(Counter(skipped).items())
+    lines = [f"  {message}" + (f" ({n} times)" if n > 1 else "") for message, n in counts]
+    head = f"{len(skipped)} × something could not be read; other clips took its place:"
+    return "\n".join([head, *lines])
 
 def _as_raised(error: Exception) -> Exception:
-    "An error of a worker, with the message that it had there instead of that process's whole traceback."
+    "An error of a worker with the message that it had there, without that process's traceback."
     kind = type(error)
     parts = re.split(rf"^(?:\w+\.)*{kind.__name__}: ", str(error), flags=re.MULTILINE)
     return kind(parts[-1].strip())
 
 # %% ../../nbs/data/30_datasets.ipynb #13325828
 class Loader(DataLoader):
-    "A `DataLoader` of dicts that reports skipped clips after each epoch; `.skipped` holds the messages of the last one."
+    "A `DataLoader` of dicts; after each epoch it reports skipped clips, which are in `.skipped`."
     skipped: Sequence[str] = ()
 
     def __iter__(self):
@@ -576,8 +597,8 @@ class Loader(DataLoader):
         except RuntimeError as e:
             if "timed out" not in str(e): raise
             self._end(batches)
-            raise TimeoutError(f"no batch came for {self.timeout:g} seconds: a worker is stopped, or reading takes "
-                               "longer than the loader's `timeout`") from e
+            raise TimeoutError(f"no batch came for {self.timeout:g} seconds: a worker is stopped, "
+                               "or reading takes longer than the loader's `timeout`") from e
         if skipped: print(skip_report(skipped), file=sys.stderr)
 
     def _end(self, batches: Iterator) -> None:
@@ -597,13 +618,16 @@ def make_loader(
 ) -> Loader:                  # the same batches for any number of workers
     "Batches that depend on seed, epoch and index only; raises `ValueError` if there would be none."
     if isinstance(getattr(dataset, "dataset", None), VideoDataset):
-        raise ValueError("use `dataset.subset(indices)` instead of torch's Subset, which hides the item's random numbers")
+        raise ValueError("use `dataset.subset(indices)` instead of torch's Subset, which hides "
+                         "the item's random numbers")
     if drop_last and len(dataset) < batch_size:
-        raise ValueError(f"{len(dataset)} clips do not fill a batch of {batch_size}: none would be left")
+        raise ValueError(f"{len(dataset)} clips do not fill a batch of {batch_size}: "
+                         "none would be left")
     sampler = EpochSampler(len(dataset), shuffle, seed, keyed=isinstance(dataset, VideoDataset))
-    return Loader(dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=drop_last,
-                  pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0,
-                  generator=item_generator(seed, -1), timeout=timeout if workers else 0)
+    return Loader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=drop_last,
+                  num_workers=workers, persistent_workers=workers > 0,
+                  timeout=timeout if workers else 0, pin_memory=torch.cuda.is_available(),
+                  generator=item_generator(seed, -1))
 
 # %% ../../nbs/data/30_datasets.ipynb #3214b4f3
 def view_indices(
@@ -618,10 +642,10 @@ def view_indices(
 # %% ../../nbs/data/30_datasets.ipynb #ad504f08
 def write_shards(
     dataset: VideoDataset,  # whose files are packed, in the order of its items
-    folder: str | Path,     # gets `00000.tar`, `00001.tar`, …, `index.json`, and `classes.json` if classes have names
+    folder: str | Path,     # gets `00000.tar`, …, `index.json`, and `classes.json` for names
     per_shard: int = 1000,  # clips in one shard
-) -> Path:                  # `index.json`: how many clips each shard holds; raises `ValueError` for a file that is gone
-    "Pack the files of a dataset into tar shards; nothing is decoded, and `index.json` is there when all is done."
+) -> Path:                  # `index.json`: clips of each shard; raises `ValueError` for a lost file
+    "Pack the files of a dataset into tar shards, undecoded; `index.json` comes when all is done."
     from webdataset import TarWriter
     folder, counts = Path(folder), {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -629,8 +653,9 @@ def write_shards(
     for start in range(0, len(dataset), per_shard):
         name = f"{start // per_shard:05d}.tar"
         stop = min(start + per_shard, len(dataset))
-        with replacing(folder / name) as draft, open(draft, "wb") as file, TarWriter(file, mtime=0) as tar:
-            for i in range(start, stop): tar.write({"__key__": f"{i:09d}", **_entries(dataset.items[i], i)})
+        with replacing(folder / name) as draft, open(draft, "wb") as file:
+            with TarWriter(file, mtime=0) as tar:
+                for i in range(start, stop): tar.write(_entries(dataset.items[i], i))
         counts[name] = stop - start
     if dataset.classes: write_json(dataset.classes, folder / "classes.json")
     write_json(counts, folder / "index.json")
@@ -639,10 +664,13 @@ def write_shards(
 def _entries(item: dict, i: int) -> dict[str, bytes | dict]:
     "What a shard holds of a clip; a name that does not end like a video's becomes `.bin`."
     path = Path(item["path"])
-    about = {key: value for key, value in item.items() if key != "path"} | {"index": i, "name": path.name}
+    about = {key: value for key, value in item.items() if key != "path"}
+    about |= {"index": i, "name": path.name}
     suffix = path.suffix.lower() if path.suffix.lower() in VIDEO_SUFFIXES else ".bin"
-    try: return {suffix[1:]: path.read_bytes(), "json": about}
-    except OSError as e: raise ValueError(f"{printable(str(path))}: cannot be read ({e.strerror})") from None
+    try: video = path.read_bytes()
+    except OSError as e:
+        raise ValueError(f"{printable(str(path))}: cannot be read ({e.strerror})") from None
+    return {"__key__": f"{i:09d}", suffix[1:]: video, "json": about}
 
 # %% ../../nbs/data/30_datasets.ipynb #21cdc4fa
 def shard_plan(
@@ -665,12 +693,12 @@ def shard_plan(
 ADDRESSES = ("https", "http", "gs")   # webdataset opens these by curl and gsutil, without a shell
 
 def _is_address(root: str) -> bool:
-    "Is it an address, not a folder? Raises `ValueError` for one of a kind that is not in `ADDRESSES`."
+    "Is it an address, not a folder? Raises `ValueError` for one of a kind not in `ADDRESSES`."
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", root)   # one letter is a drive of Windows
     if not scheme or Path(root).is_dir(): return False
     if scheme[1].lower() in ADDRESSES: return True
-    raise ValueError(f"root {root!r}: shards are read from a folder or from addresses of {', '.join(ADDRESSES)}, "
-                     f"not from {scheme[1]!r}")
+    raise ValueError(f"root {root!r}: shards are read from a folder or from addresses of "
+                     f"{', '.join(ADDRESSES)}, not from {scheme[1]!r}")
 
 def _open(root: str, name: str) -> BinaryIO:
     "A shard as a file of bytes; a local name is a name, whatever characters are in it."
@@ -678,7 +706,7 @@ def _open(root: str, name: str) -> BinaryIO:
         from webdataset.gopen import gopen
         return gopen(f"{root.rstrip('/')}/{quote(name)}", "rb")
     path = os.path.join(root, name)
-    if not os.path.isfile(path): raise FileNotFoundError("no such file")   # a pipe would be waited for
+    if not os.path.isfile(path): raise FileNotFoundError("no such file")   # nor a pipe, which waits
     return open(path, "rb")
 
 def _counts(index: str | Path) -> dict[str, int]:
@@ -689,6 +717,11 @@ def _counts(index: str | Path) -> dict[str, int]:
             raise ValueError(f"{index}: {name[:40]!r} is said to hold {repr(n)[:40]} clips")
     if not counts: raise ValueError(f"{index}: no shards in it")
     return counts
+
+def _lost(root: str, names: Iterable[str]) -> list[str]:
+    "Shards that are not in their folder; at an address nobody looks."
+    paths = [] if _is_address(root) else [os.path.join(root, name) for name in names]
+    return [path for path in paths if not os.path.isfile(path)]
 
 def _class_names(index: str | Path) -> list[str] | None:
     "Names of the classes, if `write_shards` left them beside the index."
@@ -708,8 +741,8 @@ def _groups(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, bytes]]]:
     stem, parts = None, {}
     try:
         for member in tar:
-            if not member.isreg() or member.issparse() or _hidden(os.path.basename(member.name)): continue
             name, suffix = os.path.splitext(member.name)
+            if not member.isreg() or member.issparse() or _hidden(os.path.basename(name)): continue
             if parts and (name != stem or suffix.lower() in parts):
                 yield stem, parts
                 parts = {}
@@ -727,16 +760,18 @@ def _shard(root: str, name: str, count: int) -> Iterator[tuple[str, dict[str, by
     try:
         with _open(root, name) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
             for n, clip in enumerate(_groups(tar), 1):
-                if n > count: raise VideoReadError(f"{where}: holds more than the {count} clips of index.json")
+                if n > count:
+                    raise VideoReadError(f"{where}: more than the {count} clips of index.json")
                 yield clip
     except (VideoReadError, MemoryError): raise
     except FileNotFoundError as e: raise VideoReadError(f"{where}: {e}") from None
-    except Exception as e: reason = f" ({printable(str(e))})"   # wrong headers lead tarfile to errors of any kind
+    except Exception as e: reason = f" ({printable(str(e))})"   # a wrong header: any kind of error
     if n < count: raise VideoReadError(f"{where}: cut off after {n} of {count} clips{reason}")
 
 def _samples(shards: "VideoShards", names: list[str]) -> Iterator[Sample]:
-    "As many clips as these shards should hold. Under \"skip\" other shards make up for a damaged one."
-    need, made, notes, fault = sum(shards.counts[name] for name in names), 0, [], ""
+    "As many clips as these shards should hold; for \"skip\" others make up for a damaged one."
+    need = sum(shards.counts[name] for name in names)
+    made, notes, fault = 0, [], ""
     for turn, name in enumerate([*names, *shards.counts]):
         where = printable(os.path.join(shards.root, name))
         if made == need: return
@@ -778,7 +813,7 @@ class _Stream(IterableDataset):
 
 # %% ../../nbs/data/30_datasets.ipynb #9e5972db
 def _unpack(sample: Sample, num_classes: int | None) -> tuple[dict, BytesIO]:
-    "What is known of a clip, and its file; `VideoReadError` if something is missing, `ValueError` for a label."
+    "What is known of a clip, and its file; `VideoReadError`, or `ValueError` for a wrong label."
     where, parts = f"{sample.shard}, {printable(sample.stem)}", sample.parts
     suffixes = sorted((s for s in parts if s != ".json"), key=lambda s: s not in VIDEO_SUFFIXES)
     if ".json" not in parts or not suffixes:
@@ -788,11 +823,12 @@ def _unpack(sample: Sample, num_classes: int | None) -> tuple[dict, BytesIO]:
     where = f"{sample.shard}, {printable(str(item.get('name', sample.stem)))}"
     if type(item.get("index")) is not int or abs(item["index"]) >= 2**63:
         raise VideoReadError(f"{where}: has no whole number \"index\"")
-    try: item |= {"label": _checked(item.get("label"), num_classes)} if num_classes or "label" in item else {}
+    try:
+        if num_classes or "label" in item: _checked(item.get("label"), num_classes)
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
     file = BytesIO(parts[suffixes[0]])
     file.name = where
-    return {key: value for key, value in item.items() if key not in ("clip", "seed", "skipped")}, file
+    return {k: v for k, v in item.items() if k not in ("clip", "seed", "skipped")}, file
 
 def _decode(shards: "VideoShards", sample: Sample, stream: int) -> dict:
     "One clip of a shard as an item, with the seed of its masks."
@@ -803,8 +839,10 @@ def _decode(shards: "VideoShards", sample: Sample, stream: int) -> dict:
     return {"clip": clip, **item, "seed": seed}
 
 # %% ../../nbs/data/30_datasets.ipynb #ae7f2152
-def _clips(shards: "VideoShards", samples: Iterable[Sample], stream: int, start: int) -> Iterator[dict]:
-    "Items from sample `start` on. Under \"skip\" the clip before, or the next one, stands in for a bad one."
+def _clips(
+    shards: "VideoShards", samples: Iterable[Sample], stream: int, start: int,
+) -> Iterator[dict]:
+    "Items from sample `start` on; for \"skip\" a good clip stands in for a bad one."
     near, waiting, skipped = deque(maxlen=VideoDataset.tries), 0, []
     for n, sample in enumerate(samples):
         near.appendleft(sample)
@@ -818,9 +856,12 @@ def _clips(shards: "VideoShards", samples: Iterable[Sample], stream: int, start:
             yield item | ({"skipped": skipped} if shards.on_error == "skip" else {})
             skipped = []
         waiting = 0
-    if waiting: raise VideoReadError(f"{waiting} clips in a row cannot be read, the last one: {errors[0]}")
+    if waiting:
+        raise VideoReadError(f"{waiting} clips in a row cannot be read, the last one: {errors[0]}")
 
-def _readable(shards: "VideoShards", near: Iterable[Sample], stream: int) -> tuple[dict | None, list[str]]:
+def _readable(
+    shards: "VideoShards", near: Iterable[Sample], stream: int,
+) -> tuple[dict | None, list[str]]:
     "The first clip that can be read, and messages about those before it."
     errors = []
     for sample in near:
@@ -833,7 +874,8 @@ def _readable(shards: "VideoShards", near: Iterable[Sample], stream: int) -> tup
 # %% ../../nbs/data/30_datasets.ipynb #4e3532d0
 class _Shards:
     "What a loader of shards does, whatever its options are."
-    def __len__(self): return shard_plan(self.counts, self.batch_size, 1, max(self.workers, 1), self.seed, 0)[1]
+    def __len__(self):
+        return shard_plan(self.counts, self.batch_size, 1, max(self.workers, 1), self.seed, 0)[1]
 
     def __iter__(self):
         self.epoch += 1
@@ -844,19 +886,22 @@ class _Shards:
         seed: int,       # of the run
         rank: int = 0,   # this process …
         world: int = 1,  # … of so many; divides the batch size
-    ) -> Callable:       # (epoch, start=0) -> this process's share of the batches of that epoch, from batch `start` on
+    ) -> Callable:       # (epoch, start=0) -> this process's share of batch `start` and all later
         "What `fit` asks for; raises `ValueError` if the processes cannot have equal shares."
         if self.batch_size % world:
-            raise ValueError(f"{world} processes cannot share batches of {self.batch_size} videos from shards equally")
+            raise ValueError(f"{world} processes cannot share batches of {self.batch_size} videos "
+                             "from shards equally")
         stream = _Stream(self, seed, rank, world)
         def batches(epoch, start=0):
             stream.epoch, stream.start = epoch, start
-            return iter(Loader(stream, None, num_workers=self.workers, pin_memory=torch.cuda.is_available(),
-                               generator=item_generator(seed, -1), timeout=self.timeout if self.workers else 0))
+            return iter(Loader(stream, None, num_workers=self.workers,
+                               timeout=self.timeout if self.workers else 0,
+                               pin_memory=torch.cuda.is_available(),
+                               generator=item_generator(seed, -1)))
         return batches
 
     def fingerprint(self) -> str:
-        "SHA-256 of the list of shards, their sizes where they are files, and the names of the classes."
+        "SHA-256 of the list of shards, their sizes if they are files, and the class names."
         sizes = {name: _size(os.path.join(self.root, name)) for name in self.counts}
         return hashlib.sha256(json.dumps([self.counts, sizes, self.classes]).encode()).hexdigest()
 
@@ -864,27 +909,28 @@ class _Shards:
 class VideoShards(_Shards):
     "A loader of clips from tar shards, read in order; see the table above for what it can promise."
     def __init__(self,
-        index: str | Path,                   # `index.json` of `write_shards`; raises `ValueError` if it or a shard is not there
-        batch_size: int,                     # videos per batch, of all processes together; with V views the batch holds B·V clips
-        *, root: str | None = None,          # where the shards are if not beside the index: a folder, or one of `ADDRESSES`
+        index: str | Path,                   # of `write_shards`; `ValueError` for a lost shard
+        batch_size: int,                     # videos per batch of all processes (V clips of each)
+        *, root: str | None = None,          # folder or address of the shards; None: index's folder
         sampler: Callable = sparse_indices,  # see `load_clip`
         transform: Callable | None = None,   # frames -> clip; None: `eval_transform(224)`
         views: int = 1,                      # repeated augmentation
-        on_error: str = "raise",             # "raise", or "skip": another clip takes the place of a bad one
+        on_error: str = "raise",             # "raise", or "skip": report, take another clip
         shuffle: int = 1000,                 # clips in the buffer that mixes them; 0: as they come
         workers: int = 0,                    # processes that decode; 0: this one
-        seed: int = 0,                       # for a plain `for batch in loader`; `fit` brings its own
-        num_classes: int | None = None,      # K: a label that is not 0 … K-1 raises `ValueError` when it is read
-        timeout: float = 600,                # seconds to wait for a batch of the workers; then `TimeoutError`
+        seed: int = 0,                       # of a plain `for batch in loader`; `fit` has its own
+        num_classes: int | None = None,      # K: labels that are not 0 … K-1 raise `ValueError`
+        timeout: float = 600,                # seconds to wait for a worker; then `TimeoutError`
     ):
         _check_options(views, on_error)
         if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.counts, self.classes = _counts(index), _class_names(index)
         self.root = str(root or Path(index).parent)
-        self.batch_size, self.sampler, self.transform = batch_size, sampler, transform or eval_transform(224)
+        self.batch_size, self.sampler = batch_size, sampler
+        self.transform = transform or eval_transform(224)
         self.views, self.on_error, self.shuffle, self.workers = views, on_error, shuffle, workers
         self.seed, self.num_classes, self.timeout, self.epoch = seed, num_classes, timeout, 0
-        paths = [] if _is_address(self.root) else [os.path.join(self.root, name) for name in self.counts]
-        lost = [path for path in paths if not os.path.isfile(path)]
+        lost = _lost(self.root, self.counts)
         if lost and on_error == "raise":
-            raise ValueError(f"{index}: no file {printable(lost[0])} ({len(lost)} of {len(paths)} shards are missing)")
+            raise ValueError(f"{index}: no file {printable(lost[0])} ({len(lost)} of "
+                             f"{len(self.counts)} shards are missing)")
