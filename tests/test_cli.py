@@ -298,7 +298,7 @@ def test_three_stages_in_a_row(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words, says", [
-    (("finetune", "--config", "recipes/videomae_tiny_post.yaml", "--classes", 6), "sample, line 8: label 6, classes are 0 to 5"),
+    (("finetune", "--config", "videomae_tiny_post", "--classes", 6), "sample, line 8: label 6, classes are 0 to 5"),
     (("finetune", "--config", "recipes/videomae_tiny_post.yaml", "--data.val", "nowhere.csv"), "nowhere.csv: cannot be read"),
     (("finetune", "--config", "recipes/videomae_tiny.yaml"), "does not take these arguments"),
     (("eval", "--weights", "one.safetensors", "--weights-from", "videomae_pretrained"), "has no head to test"),
@@ -447,7 +447,7 @@ OUT_OF_RANGE = {
     "machine: {keep: 0}": "machine.keep: 0, must be at least 1",
     "machine: {save_every: -5}": "machine.save_every: -5, must be at least 0",
     "machine: {accumulate: 0}": "machine.accumulate: 0, must be at least 1",
-    "machine: {accumulate: 3}\nschedule: {batch: 8}": "machine.accumulate: 3 does not divide schedule.batch 8",
+    "machine: {accumulate: 3}\nschedule: {batch: 8}": "machine.accumulate: 3 does not divide",
     "schedule: {epochs: 0}": "schedule.epochs: 0.0, must be above 0",
     "schedule: {epochs: .inf}": "schedule.epochs: inf, must be at most 1e+09",
     "schedule: {epochs: .nan}": "schedule.epochs: nan, must be",
@@ -721,7 +721,7 @@ def test_features_are_made_as_the_weights_say(tmp_path, monkeypatch, capsys):
 
 
 def test_features_of_a_list_lose_only_the_bad_file(tmp_path, monkeypatch, capsys):
-    "Of two files with one name both are kept; what is made is in the file before the next is begun."
+    "Of two files with one name both are kept; what is made is in the file at once."
     file, names = small(tmp_path / "w.safetensors", input={}), ["a/x.mp4", "bad.mp4", "b/x.mp4"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -770,7 +770,7 @@ def test_features_of_a_list_lose_only_the_bad_file(tmp_path, monkeypatch, capsys
 
 
 def test_classes_go_by_name(tmp_path, monkeypatch, capsys):
-    "A folder that lacks a class, or has one more; the names travel with the weights to eval and classify."
+    "A folder that lacks a class, or has one more; the names travel with the weights."
     train = as_folders(tmp_path / "train", ["down", "left", "right", "up"])
     val = as_folders(tmp_path / "val", ["right", "up"])
     more = as_folders(tmp_path / "more", ["grow", "right"])
@@ -885,7 +885,7 @@ def test_names_of_the_rows_that_are_kept(tmp_path):
 
 
 def test_a_pretrained_file_of_hugging_face(tmp_path):
-    "The encoder of `VideoMAEForPreTraining` starts a fine-tuning; its features are those of transformers."
+    "The encoder of `VideoMAEForPreTraining` starts a fine-tuning, with equal features."
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = dict(
@@ -965,7 +965,7 @@ def test_a_start_that_failed_leaves_its_folder_free(tmp_path, monkeypatch):
 
 
 def test_accumulation_changes_nothing(tmp_path):
-    "35 clips in steps of 8 are 4 steps an epoch, however a step is cut; six steps reach into the second epoch."
+    "35 clips in steps of 8 are 4 steps an epoch, however cut; six reach into the second epoch."
     curves = {}
     for parts in (1, 4):
         recipe = videomae_run(
@@ -1101,7 +1101,7 @@ def test_a_tampered_index_is_refused(name, indexed, tmp_path):
 
 
 def test_an_index_does_not_lean_on_its_file(indexed, tmp_path):
-    "Vectors are copies: another program that cuts the file does not change an answer. Every 50 videos are written."
+    "Vectors are copies: who overwrites the file changes no answer. Every 50 videos are written."
     tiny, folder, videos, about, vectors = indexed
     file = shutil.copy(folder / "i.safetensors", tmp_path)
     stored = video_index(tiny, videos, file, folder / "w.safetensors")
