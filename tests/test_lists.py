@@ -111,16 +111,25 @@ def test_linked_folders_are_followed_once_round(tmp_path, clip):
     (root / "a" / "loop").symlink_to(root)
     (root / "b" / "disk").symlink_to("/")
     (root / "self").symlink_to(".")  # no class of its own
-    (store / "back").symlink_to(root / "a")  # a -> store -> a
+    (store / "back").symlink_to(root / "a")  # found by its own name already
     data = VideoFolder(root)
     inside = [str(Path(i["path"]).relative_to(root)) for i in data.items]
     assert data.classes == ["a", "b"] and inside == [
         "a/linked/s.mp4",
         "a/x.mp4",
-        "b/linked/back/x.mp4",
         "b/linked/s.mp4",
         "b/y.mp4",
     ]
+
+
+def test_folders_that_link_to_each_other_are_searched_once(tmp_path, clip):
+    names = [f"{n}" for n in range(9)]
+    root = put(tmp_path / "v", clip, *(f"{n}/x.mp4" for n in names))
+    for one in names:
+        for other in names:
+            if one != other: (root / one / f"to_{other}").symlink_to(root / other)
+    found = find_videos(root)
+    assert len(found.videos) == 9 and found.left_out["link back"] == 72
 
 
 def test_a_class_keeps_its_number(tmp_path, clip):

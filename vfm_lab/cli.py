@@ -126,11 +126,17 @@ class Classify:
     top: int = 5                          # so many classes of each video
     json: bool = False                    # print JSON instead of a table
 
+def _positive(job: Any, *names: str) -> None:
+    "Raises `ValueError` for a count below 1."
+    for name in names:
+        if getattr(job, name) < 1: raise ValueError(f"--{name} {getattr(job, name)}, must be at least 1")
+
 def classify(*options: str) -> int:
     "Name what happens in videos: `vfm_lab classify my.mp4 --weights FILE --labels FILE`."
     from vfm_lab.tasks.classify import classify as run, find_videos, open_classifier, read_labels
     job = parse(Classify, list(options), "vfm_lab classify")
     if not job.videos or not job.weights: raise ValueError("classify needs a video and --weights")
+    _positive(job, "clips", "top")
     if job.label_map == "first" and not job.labels: raise ValueError("--label-map first needs --labels, to know how many rows to keep")
     files, rows = find_videos(job.videos), range(len(read_labels(job.labels))) if job.label_map == "first" else job.label_map
     net, how, _ = open_classifier(job.weights, job.model, job.model_args, rows)
@@ -174,6 +180,7 @@ def search(*options: str) -> int:
     from vfm_lab.tasks.retrieval import open_towers, search as find, video_index
     job = parse(Search, list(options), "vfm_lab search")
     if not job.texts or not job.videos or not job.weights: raise ValueError("search needs a text, --videos and --weights")
+    _positive(job, "top")
     files, towers = find_videos(job.videos), open_towers(job.weights, job.tokenizer)
     towers.model.to(_device())
     towers.stats = job.stats or towers.stats

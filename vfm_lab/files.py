@@ -19,11 +19,14 @@ def read_text(
     limit: int = 64 << 20,    # bytes; a larger file is refused
 ) -> str:                     # its content; raises `ValueError` naming the file
     "Text of a file."
-    path = Path(file)
     try:
-        size = path.stat().st_size
-        if size > limit: raise ValueError(f"{file}: {size} bytes, more than the {limit} that a text file may have here")
-        return path.read_text(encoding="utf-8-sig")
+        content = bytearray()
+        with open(file, "rb") as f:
+            while part := f.read(1 << 20):   # a device or a pipe has no size to ask for
+                content += part
+                if len(content) > limit:
+                    raise ValueError(f"{file}: more than the {limit} bytes that a text may have here")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as e: raise ValueError(f"{file}: cannot be read ({e.strerror})") from None
     except UnicodeDecodeError: raise ValueError(f"{file}: cannot be read as text (not UTF-8)") from None
 

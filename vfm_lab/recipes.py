@@ -447,9 +447,10 @@ def build(
     from vfm_lab.nn.vit import VideoClassifier
     args = dict(recipe.model_args) | ({"num_classes": recipe.classes} if hasattr(recipe, "classes") else {})
     if not timm.is_model(recipe.model): raise ValueError(f"no model is named {recipe.model!r}; there are {', '.join(timm.list_models(['umt*', 'uniformerv2*', 'videomae*']))}")
-    try: model = timm.create_model(recipe.model, **args)
+    try: model = timm.model_entrypoint(recipe.model)(**args)   # create_model would drop None
     except (TypeError, ArithmeticError, AssertionError, RuntimeError) as e:
-        raise ValueError(f"model {recipe.model!r} does not take these arguments: {e}") from None
+        said = ", ".join(f"{k}={v!r}" for k, v in args.items())
+        raise ValueError(f"model {recipe.model!r} does not take these arguments ({said}): {e}") from None
     wanted = {PretrainUMT: (umt.UMTStudent,), PretrainVideoMAE: (videomae.VideoMAE,)}.get(type(recipe), (VideoClassifier, uniformerv2.UniFormerV2))
     if not isinstance(model, wanted): raise ValueError(f"model {recipe.model!r} is a {type(model).__name__}, {type(recipe).__name__} needs a {' or '.join(c.__name__ for c in wanted)}")
     return umt.UMT(model, teacher(recipe), recipe.mask_ratio, recipe.masking, recipe.loss) if isinstance(recipe, PretrainUMT) else model
@@ -520,6 +521,21 @@ def claim_folder(
         file.parent.mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, file)
 
+# %% ../nbs/05_recipes.ipynb #d90f221c
+def _try(recipe: Recipe, model: "nn.Module") -> None:
+    "One black clip, so that sizes which do not fit are named before anything is written."
+    import torch
+    d, training = recipe.data, model.training
+    said = f"data.frames {d.frames} and data.size {d.size}"
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            clip = torch.zeros(1, 3, d.frames, d.size, d.size)
+            model.eval()({"clip": clip, "label": torch.zeros(1, dtype=torch.long)})
+        except (ValueError, RuntimeError, KeyError) as e:
+            raise ValueError(f"{said} do not go through model {recipe.model!r} with its "
+                             f"model_args: {e}") from None
+        finally: model.train(training)
+
 # %% ../nbs/05_recipes.ipynb #9a5fc2b8
 def _numbers(values, before=""):
     "Nested values under dotted keys, without those that do not change the result."
@@ -553,6 +569,7 @@ def run(
     check(recipe)
     loader = train_loader(recipe)
     config = train_config(recipe, steps_in_epoch(recipe, loader))
+    _try(recipe, model)
     claim_folder(recipe)
     history = fit(model, loader, config, callbacks=[ProgressBar(), *callbacks])
     if first_process():

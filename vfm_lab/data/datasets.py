@@ -18,7 +18,7 @@ import re
 import sys
 import tarfile
 from array import array
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -342,12 +342,13 @@ class Found:
 
 def _hidden(name: str) -> bool: return name.startswith(".") or name == "__MACOSX"
 
-def _returns(folder: str, root: str) -> bool:
-    "Does a linked folder lead to one that the way from `root` to it passes, or above?"
+def _returns(folder: str, searched: list[Path]) -> bool:
+    "Does a linked folder lead into one that is searched anyway, or above one?"
     if not os.path.islink(folder): return False
-    target, steps = os.path.realpath(folder), [os.path.dirname(folder)]
-    while len(steps[-1]) > len(root): steps.append(os.path.dirname(steps[-1]))
-    return any(Path(os.path.realpath(step)).is_relative_to(target) for step in steps)
+    target = Path(os.path.realpath(folder))
+    if any(target.is_relative_to(s) or s.is_relative_to(target) for s in searched): return True
+    searched.append(target)
+    return False
 
 # %% ../../nbs/data/30_datasets.ipynb #f8606687
 def _unfit(path: str) -> str | None:
@@ -358,10 +359,10 @@ def _unfit(path: str) -> str | None:
     if suffix not in VIDEO_SUFFIXES: return suffix or "without suffix"
     return None if os.path.isfile(path) else "no file"   # a link to nowhere, a pipe
 
-def _closed(folder: str, root: str, left_out: Counter) -> bool:
+def _closed(folder: str, searched: list[Path], left_out: Counter) -> bool:
     "Is a folder not to be searched? Then it is counted."
     hidden = _hidden(os.path.basename(folder))
-    closed = hidden or _returns(folder, root)
+    closed = hidden or _returns(folder, searched)
     if closed: left_out["hidden" if hidden else "link back"] += 1
     return closed
 
@@ -371,9 +372,11 @@ def find_videos(
     "Videos of a folder and of all folders in it, linked ones too; hidden ones are left out."
     if not Path(root).is_dir(): raise ValueError(f"{printable(str(root))}: no such folder")
     root, found, left_out = str(Path(root)), [], Counter()
+    searched = defaultdict(lambda: [Path(os.path.realpath(root))])   # of each class folder
     def unreadable(error): left_out["folders that cannot be opened"] += 1
     for folder, inside, files in os.walk(root, onerror=unreadable, followlinks=True):
-        closed = {n for n in inside if _closed(os.path.join(folder, n), root, left_out)}
+        top = os.path.relpath(folder, root).split(os.sep)[0].strip(".")
+        closed = {n for n in inside if _closed(os.path.join(folder, n), searched[top or n], left_out)}
         inside[:] = [name for name in inside if name not in closed]
         for path in (os.path.join(folder, name) for name in files):
             reason = _unfit(path)
@@ -530,6 +533,9 @@ def collate(
     many = [1 if item["clip"].ndim == 4 else len(item["clip"]) for item in items]
     batch = {"clip": torch.cat([item["clip"].view(-1, *item["clip"].shape[-4:]) for item in items])}
     for key in [k for k in items[0] if k not in ("clip", "skipped")]:
+        if lacks := [i for i, item in enumerate(items) if key not in item]:
+            raise ValueError(f"{items[lacks[0]].get('name', items[lacks[0]].get('path'))}: has no "
+                             f"{key!r}, which another clip of its batch has")
         values = [item[key] + k * (key == "seed") if key == "seed" else item[key] for item, v in zip(items, many) for k in range(v)]
         if torch.is_tensor(values[0]): batch[key] = torch.stack(values)
         else: batch[key] = torch.tensor(values) if isinstance(values[0], (int, float)) else values
@@ -599,7 +605,8 @@ class Loader(DataLoader):
             self._end(batches)
             raise TimeoutError(f"no batch came for {self.timeout:g} seconds: a worker is stopped, "
                                "or reading takes longer than the loader's `timeout`") from e
-        if skipped: print(skip_report(skipped), file=sys.stderr)
+        finally:   # also when nobody asks for the rest of the epoch
+            if skipped: print(skip_report(skipped), file=sys.stderr)
 
     def _end(self, batches: Iterator) -> None:
         "Kill the workers: Python would wait for a stopped one once more when it ends."

@@ -319,9 +319,12 @@ def _clock(times: np.ndarray, last: int, usual: int, name: str) -> np.ndarray:
     if not last or name not in _DURATIONS: last = steps[-1] if len(steps) else last or usual
     return np.cumsum([0, *steps, last])
 
+_RAW = {"h264", "hevc", "mpegvideo", "m4v"}   # containers without times: FFmpeg takes 25 a second
+
 def _rate(stream, ticks: np.ndarray | None) -> float:
     "Frames per second: as stated, from the times, or guessed."
-    if stream.average_rate: return float(stream.average_rate)
+    said = stream.codec_context.framerate if ticks is None else None   # of raw streams, by the codec
+    if said or stream.average_rate: return float(said or stream.average_rate)
     if ticks is not None and len(ticks) > 2:
         return float((len(ticks) - 2) / (int(ticks[-2]) * stream.time_base))
     return float(stream.guessed_rate or stream.base_rate or 0)
@@ -343,7 +346,7 @@ def frame_index(
     ordered = _orders(name, bool(ctx.has_b_frames), table)
     times, last, damaged = (_shown if ordered else _counted)(source, table, keys, bad)
     rate, ticks = stream.guessed_rate or stream.base_rate or 1, None
-    if _NONE not in times: ticks = _clock(times, last, round(1 / (rate * stream.time_base)), name)
+    if _NONE not in times and name not in _RAW: ticks = _clock(times, last, round(1 / (rate * stream.time_base)), name)
     fps = _rate(stream, ticks)
     if fps <= 0: raise ValueError("0 frames per second")
     info = VideoInfo(len(times), fps, ctx.height, ctx.width, ctx.codec.canonical_name)

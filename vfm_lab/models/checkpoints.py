@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'LEVELS', 'PREFIXES', 'HOLDERS', 'COUNTERS', 'ARCHIVES', 'OTHERS', 'BESIDE', 'State', 'Convert',
-           'SETTINGS', 'Said', 'LARGEST', 'TABLES', 'CheckpointError', 'Weights', 'peel', 'layout', 'unwrap',
+           'SETTINGS', 'LAST', 'Said', 'LARGEST', 'TABLES', 'CheckpointError', 'Weights', 'peel', 'layout', 'unwrap',
            'read_weights', 'LoadReport', 'rename', 'compare_settings', 'load_weights', 'save_weights', 'read_config',
            'build_like', 'registered']
 
@@ -277,7 +277,8 @@ def _tables(model: nn.Module) -> dict[str, Tensor]:
 def _same(table: Tensor, other: Tensor) -> bool:
     "Whether two tables hold the same numbers, as far as half precision can tell."
     if table.shape != other.shape or not table.is_floating_point(): return False
-    return torch.allclose(table.float().cpu(), other.float().cpu(), rtol=0, atol=1e-3)
+    atol = max(1e-3, torch.finfo(table.dtype).eps / 2)   # half a step at 1, of bfloat16 0.004
+    return torch.allclose(table.float().cpu(), other.float().cpu(), rtol=0, atol=atol)
 
 def _is_formula(table: Tensor, computed: Tensor) -> bool:
     "Whether a stored table is what the model computes, or the sinusoids of its own length."
@@ -363,7 +364,9 @@ def _keep(model: nn.Module, key: str, table: Tensor) -> None:
 
 # %% ../../nbs/models/00_checkpoints.ipynb #faf5b04a
 SETTINGS = {"act": "hidden_act", "heads": "num_attention_heads",     # our name → transformers'
-            "decoder_heads": "decoder_num_attention_heads", "norm_pix_loss": "norm_pix_loss"}
+            "decoder_heads": "decoder_num_attention_heads", "norm_pix_loss": "norm_pix_loss",
+            "eps": "layer_norm_eps", "end": "eos_token_id"}
+LAST = "the largest id"   # where our text tower is read
 Said = dict[str, dict]   # part ("vision", "text", or "" for all) → its settings
 
 def _of_transformers(about: dict) -> Said:
@@ -375,7 +378,9 @@ def _of_transformers(about: dict) -> Said:
         parts[part] |= about.get(f"{part}_config_dict") or {}   # of older files; this one counts
     parts = {p: d for p, d in parts.items() if d} or {"": about}
     if clip: parts = {p: {"hidden_act": "quick_gelu", **d} for p, d in parts.items()}
-    return {p: {ours: d[theirs] for ours, theirs in SETTINGS.items() if theirs in d}
+    for d in parts.values():   # 2 is what old files say for the largest id
+        if d.get("eos_token_id") in (2, d.get("vocab_size", 0) - 1): d["eos_token_id"] = LAST
+    return {p: {ours: d[theirs] for ours, theirs in SETTINGS.items() if d.get(theirs) is not None}
             for p, d in parts.items()}
 
 def _of_timm(about: dict) -> Said:
@@ -386,9 +391,15 @@ def _of_timm(about: dict) -> Said:
 
 def _of_open_clip(about: dict) -> Said:
     "open_clip_config.json: exact GELU unless it says otherwise."
-    quick = (about.get("model_cfg") or {}).get("quick_gelu")
-    act = {"act": "quick_gelu" if quick else "gelu"}
-    return {"vision": act, "text": act}
+    cfg = about.get("model_cfg") or {}
+    act, said = "quick_gelu" if cfg.get("quick_gelu") else "gelu", {}
+    for part in ("vision", "text"):
+        one = cfg.get(f"{part}_cfg") or {}
+        tanh = (one.get("act_kwargs") or {}).get("approximate", "none") != "none"
+        said[part] = {"act": "gelu_tanh" if tanh else act}
+        usual = one.get("width", 0) // one.get("head_width", 64) if part == "vision" else 8
+        if "width" in one: said[part]["heads"] = one.get("heads", usual)
+    return said
 
 # %% ../../nbs/models/00_checkpoints.ipynb #a8320eb8
 def _of_ours(about: dict) -> Said:
@@ -411,6 +422,11 @@ def _said(file: Path) -> Iterator[tuple[str, Said]]:
             raise CheckpointError(f"{beside}: cannot be read ({e})") from None
 
 # %% ../../nbs/models/00_checkpoints.ipynb #cc443b56
+def _agree(key: str, theirs: object, ours: object) -> bool:
+    "Equal, or both so small that they only keep LayerNorm from dividing by nothing."
+    if key != "eps" or not isinstance(theirs, float): return theirs == ours
+    return max(theirs, 1e-5) == max(ours, 1e-5)
+
 def compare_settings(
     model: nn.Module,     # with `config`, and maybe `part`, `fixed` and `unsaid`
     file: Path | None,    # of its weights
@@ -424,7 +440,7 @@ def compare_settings(
         for at, ours in ((p or part, d | fixed) for p, d in built.items()):
             theirs = said.get(at, said.get("", {}))
             silent = silent and place != "its header" and "act" not in theirs
-            for key in (k for k in ours if k in theirs and theirs[k] != ours[k]):
+            for key in (k for k in ours if k in theirs and not _agree(k, theirs[k], ours[k])):
                 name = key if place == "its header" else SETTINGS[key]
                 raise CheckpointError(
                     f"{file}: {place} says {name} {theirs[key]!r}, but this "

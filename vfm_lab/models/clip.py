@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..lab import asset
-from .checkpoints import CheckpointError, State, layout, load_weights, peel
+from .checkpoints import LAST, CheckpointError, State, layout, load_weights, peel
 from .checkpoints import read_config, rename
 from ..nn.blocks import Block, QuickGELU
 from ..objectives.contrastive import contrastive_loss
@@ -51,6 +51,7 @@ def resize_frames(
 class CLIPVision(nn.Module):
     "CLIP's image tower. A clip is a batch of images to it: every frame is processed alone."
     part = "vision"   # of a config.json; `load_weights` compares
+    fixed = {"eps": 1e-5}
 
     def __init__(
         self,
@@ -144,6 +145,7 @@ class CLIPVision(nn.Module):
 class CLIPText(nn.Module):
     "CLIP's text tower: a causal transformer read out at the end token, which has the highest id."
     part = "text"   # of a config.json; `load_weights` compares
+    fixed = {"eps": 1e-5, "end": LAST}
 
     def __init__(
         self,

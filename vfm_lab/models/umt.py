@@ -63,6 +63,8 @@ class UMTStudent(nn.Module):
         self.config = dict(teacher_dim=teacher_dim, layers=layers, **vit)
         self.layers = layers
         self.encoder = VideoViT(**vit)
+        if not 1 <= layers <= len(self.encoder.blocks):
+            raise ValueError(f"layers is 1 to {len(self.encoder.blocks)}, the depth, got {layers}")
         self.clip_decoder = nn.ModuleList(ProjectionHead(self.encoder.dim, teacher_dim) for _ in range(layers))
 
     def project(

@@ -231,6 +231,7 @@ class MotionStem(nn.Module):
 class UniFormerV2(nn.Module):
     "A CLIP image tower armed for video: local blocks inside, global blocks beside its last layers (UniFormerV2 §3)."
     part = "vision"   # of a config.json; `load_weights` compares
+    fixed = {"eps": 1e-5}
 
     def __init__(
         self,

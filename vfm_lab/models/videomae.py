@@ -56,7 +56,7 @@ class PixelDecoder(nn.Module):
 # %% ../../nbs/models/30_videomae.ipynb #53a1f68c
 class MaskedAutoencoder(FixedPositions):
     "The network of VideoMAE: an encoder for visible tokens, a decoder that writes pixels of others (VideoMAE §3)."
-    fixed = {"act": "gelu"}   # what a config.json may say otherwise; `load_weights` compares
+    fixed = {"act": "gelu", "eps": 1e-6}   # what a config.json may say otherwise; `load_weights` compares
 
     def __init__(
         self,
@@ -71,6 +71,8 @@ class MaskedAutoencoder(FixedPositions):
         self.encoder = VideoViT(**vit)
         self.patch, self.tubelet = self.encoder.patch_embed.patch, self.encoder.patch_embed.tubelet
         shared = {k: vit[k] for k in ("mlp_ratio", "bias", "layer_scale", "cosine") if k in vit}
+        if decoder_depth < 1:
+            raise ValueError(f"a decoder has at least one block, got depth {decoder_depth}")
         self.decoder = PixelDecoder(decoder_dim, decoder_depth, decoder_heads, 3 * self.tubelet * self.patch**2, **shared)
         self.encoder_to_decoder = nn.Linear(self.encoder.dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
@@ -164,7 +166,7 @@ class VideoMAE(MaskedAutoencoder):
 # %% ../../nbs/models/30_videomae.ipynb #12c33697
 class VideoMAEClassifier(VideoClassifier):
     "VideoMAE's video ViT for fine-tuning. `pretrained_grid` resizes the position table of that grid to this one, and it stays fixed."
-    fixed = {"act": "gelu"}   # what a config.json may say otherwise; `load_weights` compares
+    fixed = {"act": "gelu", "eps": 1e-6}   # what a config.json may say otherwise; `load_weights` compares
 
     def __init__(
         self,
@@ -240,8 +242,9 @@ def classifier_from_pretrained(
 ) -> State:        # for `VideoMAEClassifier`
     "Pre-training → fine-tuning: the encoder without its final norm. Load with `fresh=FRESH`."
     left = r"encoder\.norm|decoder\.|encoder_to_decoder|mask_token"
-    tables = {"pos": "decoder.pos", "pos_embed": "decoder.pos_embed"}   # without encoder. in front
-    state = {tables.get(k, k): v for k, v in peel(state).items()}
+    tables, state = {"pos": "decoder.pos", "pos_embed": "decoder.pos_embed"}, peel(state)
+    if any(k.startswith("encoder.") for k in state):   # then a table without it is the decoder's
+        state = {tables.get(k, k): v for k, v in state.items()}
     return rename({left: None, r"encoder\.": ""})(state)
 
 FRESH = (r"fc_norm\.", r"head\.")  # what fine-tuning starts from scratch

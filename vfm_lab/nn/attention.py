@@ -33,7 +33,7 @@ class Attention(nn.Module):
         bias: str = "qv",   # "qv": query and value only (UMT, VideoMAE); "qkv": all three (CLIP); "none"
     ):
         super().__init__()
-        if dim % heads: raise ValueError(f"{heads} heads do not divide a width of {dim}")
+        if heads < 1 or dim % heads: raise ValueError(f"{heads} heads do not divide a width of {dim}")
         if bias not in ("qv", "qkv", "none"): raise ValueError(f'bias is "qv", "qkv" or "none", got {bias!r}')
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias == "qkv")
@@ -104,7 +104,7 @@ class CrossAttention(nn.Module):
         kv_dim: int | None = None,  # width of the tokens that answer; None: D
     ):
         super().__init__()
-        if dim % heads: raise ValueError(f"{heads} heads do not divide a width of {dim}")
+        if heads < 1 or dim % heads: raise ValueError(f"{heads} heads do not divide a width of {dim}")
         self.heads = heads
         self.q, self.kv = nn.Linear(dim, dim), nn.Linear(kv_dim or dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)

@@ -60,6 +60,8 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
         self.attn = (CosineAttention if cosine else Attention)(dim, heads, bias)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act)
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path is a chance in [0, 1), got {drop_path}")
         self.drop_path = DropPath(drop_path)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale > 0 else None

@@ -33,6 +33,7 @@ class VideoViT(FixedPositions):
         cosine: bool = False,     # attention by angle, see `CosineAttention`
     ):
         super().__init__()
+        if depth < 1: raise ValueError(f"an encoder has at least one block, got depth {depth}")
         self.grid, self.dim = token_grid(frames, (image_size, image_size), patch, tubelet), dim
         self.patch_embed = TubeletEmbed(dim, patch, tubelet)
         self.fix_positions(self.grid, dim)       # `pos`, in no checkpoint
