@@ -292,15 +292,15 @@ def _must_compute(model: nn.Module) -> set[str]:
 
 # %% ../../nbs/models/00_checkpoints.ipynb #c8bdf925
 @dataclass
-class _Fit:
+class _Matched:
     "How a state dict and a model fit together."
     report: LoadReport
     new: dict[str, Tensor] = field(default_factory=dict)     # for `load_state_dict`
     tables: dict[str, Tensor] = field(default_factory=dict)  # learned ones, for buffers so called
 
-def _match(model: nn.Module, state: State, fresh: tuple[str, ...] = ()) -> _Fit:
+def _match(model: nn.Module, state: State, fresh: tuple[str, ...] = ()) -> _Matched:
     "Give every key of file and model its fate, from names, shapes and kinds."
-    own, fixed, fit = model.state_dict(), _must_compute(model), _Fit(LoadReport())
+    own, fixed, fit = model.state_dict(), _must_compute(model), _Matched(LoadReport())
     tables, report = {k: v for k, v in _tables(model).items() if k not in own}, fit.report
     for key, tensor in state.items():
         name = key if key in own else re.sub(r"\bpos_embed$", "pos", key)
@@ -322,7 +322,7 @@ def _match(model: nn.Module, state: State, fresh: tuple[str, ...] = ()) -> _Fit:
     return fit
 
 # %% ../../nbs/models/00_checkpoints.ipynb #f65aafca
-def _fit(model: nn.Module, state: State, convert: Convert, fresh: tuple[str, ...]) -> _Fit:
+def _fit(model: nn.Module, state: State, convert: Convert, fresh: tuple[str, ...]) -> _Matched:
     "Keys as they are, else without a holder's prefix, else under the model's: the first that fit."
     own = model.state_dict()
     front = next(reversed(own), "").removesuffix(next(reversed(peel(own)), ""))
