@@ -1,5 +1,6 @@
 "The command line: recipes, runs on several processes, shards, features; all in processes of their own, as a user starts them."
 import csv, json, os, shutil, socket, subprocess, sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -464,6 +465,9 @@ OUT_OF_RANGE = {
     "data: {frames: 10000000000}": "data.frames: 10000000000, must be",
     "data: {erase: 1.5}": "data.erase: 1.5, must be at most 1",
     "data: {workers: -1}": "data.workers: -1, must be at least 0",
+    "data: {workers: 1000000000}": "data.workers: 1000000000, must be at most 1024",
+    "data: {views: 1000000000}": "data.views: 1000000000, must be at most 10000",
+    "test_clips: 0": "test_clips: 0, must be at least 1",
     "smoothing: 1": "smoothing: 1.0, must be below 1",
     "mixup: -0.1": "mixup: -0.1, must be at least 0",
     "test_crops: 2": "test_crops: expected 1 or 3",
@@ -728,7 +732,8 @@ def test_features_of_a_list_lose_only_the_bad_file(tmp_path, monkeypatch, capsys
     for name, clip in zip(names, ("00_left", "01_right", "02_up")):
         shutil.copy(asset(f"clips/{clip}.mp4"), tmp_path / name)
     (tmp_path / "bad.mp4").write_bytes((tmp_path / "bad.mp4").read_bytes()[:900])
-    (tmp_path / "l.csv").write_text("".join(f"{name},0\n" for name in names))
+    listed = "".join(f"{name},0\n" for name in names)
+    (tmp_path / "l.csv").write_text(listed + "gone.mp4,0\n")
     ask = (
         "features",
         "--video",
@@ -743,8 +748,9 @@ def test_features_of_a_list_lose_only_the_bad_file(tmp_path, monkeypatch, capsys
     assert leave(monkeypatch, *ask) == 1
     said = capsys.readouterr()
     assert (
-        said.err.count("vfm_lab: ") == 1
+        said.err.count("vfm_lab: ") == 2
         and f"{tmp_path}/bad.mp4" in said.err
+        and f"{tmp_path}/gone.mp4" in said.err
         and "8 windows of 2 videos" in said.out
     )
     found = load_features(tmp_path / "f.safetensors")[0]
@@ -765,7 +771,7 @@ def test_features_of_a_list_lose_only_the_bad_file(tmp_path, monkeypatch, capsys
     (tmp_path / "f.safetensors").unlink()
     for name in names:
         (tmp_path / name).write_bytes(b"nothing")
-    assert "l.csv: none of its 3 videos could be read" in leave(monkeypatch, *ask)
+    assert "l.csv: none of its 4 videos could be read" in leave(monkeypatch, *ask)
     assert not (tmp_path / "f.safetensors").exists()
 
 
@@ -1129,3 +1135,51 @@ def test_an_index_does_not_lean_on_its_file(indexed, tmp_path):
             == 2
         )
     finally: tiny.video = embed
+
+
+def test_counts_of_answers_are_checked(tmp_path, monkeypatch):
+    video, file = asset("clips/00_left.mp4"), small(tmp_path / "w.safetensors")
+    ask = ("classify", video, "--weights", file)
+    assert "top: 0, must be at least 1" in leave(monkeypatch, *ask, "--top", 0)
+    assert "clips: 1000000000, must be at most" in leave(monkeypatch, *ask, "--clips", 10**9)
+    ask = ("search", "a star", "--videos", video, "--weights", file)
+    assert "top: -1, must be at least 1" in leave(monkeypatch, *ask, "--top", -1)
+
+
+def test_what_a_folder_holds_besides_videos_is_counted(tmp_path, monkeypatch, capsys):
+    file = small(tmp_path / "w.safetensors", input={})
+    (tmp_path / "in").mkdir()
+    shutil.copy(asset("clips/00_left.mp4"), tmp_path / "in/a.mp4")
+    for name in ("a.avi.part", "notes.txt", ".hidden.mp4"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    run(monkeypatch, "classify", tmp_path / "in", "--weights", file, "--clips", 1, "--crops", 1)
+    assert f"{tmp_path}/in: left out: " in (said := capsys.readouterr().err)
+    assert all(kind in said for kind in ("1 .part", "1 .txt", "1 hidden"))
+
+
+def test_a_test_that_skips_counts_what_it_left_out(tmp_path, monkeypatch, capsys):
+    file = small(tmp_path / "w.safetensors", input={})
+    for name in ("a.mp4", "b.mp4"):
+        shutil.copy(asset("clips/00_left.mp4"), tmp_path / name)
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+    (tmp_path / "l.csv").write_text("a.mp4,0\nbad.mp4,1\nb.mp4,2\n")
+    ask = ("eval", "--weights", file, "--data.val", tmp_path / "l.csv", "--test-clips", 1)
+    assert "bad.mp4" in leave(monkeypatch, *ask)
+    run(monkeypatch, *ask, "--data.on-error", "skip")
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["videos"] == 2 and found["unreadable"] == 1 and "bad.mp4" in said.err
+
+
+def test_settings_that_would_be_ignored_are_refused(tmp_path):
+    tiny = recipes.read_recipe(recipes.recipe_file("umt_tiny"), recipes.PretrainUMT)
+    with pytest.raises(ValueError, match="teacher_weights"):
+        recipes.teacher(replace(tiny, teacher="tiny", teacher_weights="clip.pt"))
+    with pytest.raises(ValueError, match="label_map: needs init"):
+        recipes.finetune(recipes.Finetune(out=str(tmp_path / "run"), label_map="first"))
+
+
+def test_null_among_the_arguments_of_a_model_is_an_argument(tmp_path):
+    (tmp_path / "p.yaml").write_text("model_args: {decoder_mask: null, depth: 1}")
+    recipe = recipes.read_recipe(tmp_path / "p.yaml", recipes.PretrainVideoMAE)
+    assert recipes.build(recipe).config["decoder_mask"] is None

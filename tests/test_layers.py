@@ -16,7 +16,9 @@ from vfm_lab.models.umt import UMT, UMTClassifier, UMTStudent
 from vfm_lab.models.uniformerv2 import UniFormerV2
 from vfm_lab.models.videomae import MaskedAutoencoder, VideoMAE, VideoMAEClassifier
 from vfm_lab.nn.attention import Attention, CosineAttention, CrossAttention
+from vfm_lab.nn.blocks import Block
 from vfm_lab.nn.vit import VideoViT
+from vfm_lab.objectives.reconstruction import pixel_cubes
 from vfm_lab.tokens.masking import tube_mask
 from vfm_lab.tokens.patching import TubeletEmbed, check_clip, is_plain, token_grid, visible_indices
 from vfm_lab.tokens.positions import FixedPositions, resize_positions, sincos_1d
@@ -394,3 +396,14 @@ def test_weights_given_for_one_call_are_used():
     assert near(given, call(wanted))
     one_each = torch.vmap(lambda clip: torch.func.functional_call(model, other, (clip[None],))[0])
     assert near(one_each(clips()), given)
+
+
+@pytest.mark.parametrize("bad", [dict(mlp_ratio=0), dict(mlp_ratio=-1), dict(layer_scale=-1e-5)])
+def test_blocks_that_cannot_be(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Block(8, 2, **bad)
+
+
+def test_unknown_statistics_are_named():
+    with pytest.raises(ValueError, match="stats is one of .*imagenet.*, got 'nope'"):
+        pixel_cubes(torch.rand(1, 3, 2, 8, 8), 4, 2, "nope")

@@ -595,9 +595,18 @@ def test_labels_in_shards(tmp_path, clip, label, says):
     loader = VideoShards(
         index_of(tmp_path, a=2), 2, num_classes=4, workers=int(label == 4), on_error="skip", **SMALL
     )
-    with pytest.raises(ValueError, match=f"a.tar, 1.mp4: .*{says}") as e:
-        list(loader)
-    assert "\n" not in str(e.value)
+    for look in (list, VideoShards.check_labels):   # as it is reached, and before a training
+        with pytest.raises(ValueError, match=f"a.tar, 1.mp4: .*{says}") as e:
+            look(loader)
+        assert "\n" not in str(e.value)
+
+
+def test_labels_of_good_and_damaged_shards_are_read_without_their_videos(shards):
+    loader = VideoShards(shards, 2, num_classes=10**6, **SMALL)
+    loader.check_labels()
+    for tar in shards.parent.glob("*.tar"):
+        tar.write_bytes(tar.read_bytes()[:-3000])
+    loader.check_labels()   # a damaged one is told when it is reached
 
 
 @pytest.mark.parametrize(
@@ -714,3 +723,37 @@ def test_the_rival_of_the_benchmark_does_the_same_work(here, monkeypatch):
         for read in (by_dicts, VideoManifest):
             with pytest.raises(ValueError):
                 read(listed(here, text))
+
+
+def test_a_test_leaves_out_what_cannot_be_read(tmp_path, clip, capsys):
+    "Another clip in its place would be counted twice."
+    put(tmp_path, clip, "a.mp4", "b.mp4", "c.mp4")
+    for name in ("bad.mp4", "worse.mp4"):
+        (tmp_path / name).write_bytes(b"nothing")
+    lines = ["a.mp4,0", "bad.mp4,1", "b.mp4,2", "c.mp4,3", "worse.mp4,4"]
+    (tmp_path / "l.csv").write_text("\n".join(lines))
+    videos = VideoManifest(tmp_path / "l.csv", on_error="drop", views=2, **SMALL)
+    batches = list(make_loader(videos, 2))
+    assert [b["label"].tolist() for b in batches[:2]] == [[0, 0], [2, 2, 3, 3]]
+    assert "clip" not in batches[2] and "worse.mp4" in batches[2]["skipped"][0]
+    said = capsys.readouterr().err
+    assert "bad.mp4" in said and "worse.mp4" in said and said.startswith("2 ×")
+    with pytest.raises(ValueError, match="on_error is 'raise' or 'skip', not 'drop'"):
+        VideoShards(index_of(tmp_path, a=1), 2, on_error="drop", **SMALL)
+
+
+def test_what_one_clip_of_a_batch_lacks_is_named(tmp_path, clip):
+    pack(
+        tmp_path / "a.tar",
+        [("0.mp4", clip), ("0.json", about(0, mood=1)), ("1.mp4", clip), ("1.json", about(1))],
+    )
+    with pytest.raises(ValueError, match="1.mp4: has no 'mood'"):
+        list(VideoShards(index_of(tmp_path, a=2), 2, shuffle=0, **SMALL))
+
+
+def test_a_list_of_files_that_may_be_missing(tmp_path, clip):
+    put(tmp_path, clip, "a.mp4")
+    (tmp_path / "l.csv").write_text("a.mp4,0\nb.mp4,0\n")
+    with pytest.raises(ValueError, match="no file .*b.mp4"):
+        read_manifest(tmp_path / "l.csv")
+    assert names(read_manifest(tmp_path / "l.csv", missing=True)) == ["a.mp4", "b.mp4"]

@@ -747,6 +747,48 @@ def test_files_beside_the_weights(tmp_path, name, about, act):
                 load_weights(net, tmp_path / "open_clip_pytorch_model.bin")
 
 
+@pytest.mark.parametrize(
+    "about, says",
+    [
+        ({"vision_cfg": {"width": 128, "head_width": 16}}, "num_attention_heads 8"),
+        ({"vision_cfg": {"act_kwargs": {"approximate": "tanh"}}}, "hidden_act 'gelu_tanh'"),
+        ({"vision_cfg": {"width": TOWER["dim"], "head_width": TOWER["dim"] // TOWER["heads"]}}, ""),
+    ],
+)
+def test_more_of_open_clip(tmp_path, about, says):
+    net = CLIPVision(**TOWER, act="gelu")
+    torch.save(net.state_dict(), tmp_path / "w.bin")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": about}))
+    if not says:
+        assert load_weights(net, tmp_path / "w.bin").clean
+        return
+    with pytest.raises(CheckpointError, match=says):
+        load_weights(net, tmp_path / "w.bin")
+
+
+def test_eps_and_the_last_token_beside_the_weights(tmp_path):
+    net = CLIP(CLIPVision(**TOWER), CLIPText(60, 12, 32, 2, 2, 16))
+    torch.save(net.state_dict(), tmp_path / "w.bin")
+    for key, good, bad in (("layer_norm_eps", 1e-5, 1e-3), ("eos_token_id", 59, 7)):
+        for value in (good, bad):
+            text = {"hidden_act": "quick_gelu", "vocab_size": 60, key: value}
+            about = {"model_type": "clip", "text_config": text}
+            (tmp_path / "config.json").write_text(json.dumps(about))
+            if value == good:
+                assert load_weights(net, tmp_path / "w.bin").clean
+                continue
+            with pytest.raises(CheckpointError, match=f"config.json says {key}"):
+                load_weights(net, tmp_path / "w.bin")
+
+
+def test_settings_under_the_name_of_a_level_are_no_weights(tmp_path):
+    net, held = CLIPVision(**TOWER), {"model": {"name": "vit", "depth": 2}}
+    torch.save(held | {"state_dict": net.state_dict()}, tmp_path / "w.pth")
+    assert load_weights(net, tmp_path / "w.pth").clean
+    torch.save({"model": {"module": net.state_dict()}, "ema": {"x": 1}}, tmp_path / "w.pth")
+    assert load_weights(net, tmp_path / "w.pth").clean
+
+
 def test_without_a_config_the_report_says_what_is_assumed(tmp_path):
     net = CLIPVision(**TOWER)
     torch.save(net.state_dict(), tmp_path / "ViT.pt")
@@ -865,13 +907,13 @@ def test_a_clip_is_no_multimodal_tower_and_is_named(hub_clip, tmp_path):
 @pytest.mark.parametrize(
     "ratio, args, words",
     [
-        (0.0, {}, ("mask ratio 0.0 hides none of 8×8 places",)),
-        (0.01, {}, ("mask ratio 0.01 hides none of 8×8 places",)),
-        (0.2, dict(image_size=16), ("0.2 hides none of 2×2",)),
+        (0.0, {}, ("mask_ratio 0.0 hides none of 256 tokens",)),
+        (0.01, {}, ("mask_ratio 0.01 hides none of 256 tokens",)),
+        (0.2, dict(image_size=16), ("0.2 hides none of 16 tokens",)),
         (1.0, {}, ("[0, 1)",)),
         (-0.1, {}, ("[0, 1)",)),
         (float("nan"), {}, ("[0, 1)",)),
-        (0.02, dict(frames=2, decoder_ratio=0.75), ("hides 1 of 8×8 places in 1 slots",)),
+        (0.02, dict(frames=2, decoder_ratio=0.75), ("leaves not one of 1 hidden tokens",)),
     ],
 )
 def test_masks_that_leave_nothing_to_learn(ratio, args, words):

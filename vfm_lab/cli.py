@@ -20,6 +20,7 @@ import tyro
 
 from . import __version__
 from .files import printable
+from .recipes import Count, Few
 
 # %% ../nbs/10_cli.ipynb #36627f82
 def parity(
@@ -121,25 +122,20 @@ class Classify:
     label_map: str | None = None          # head row of each class (K710 to K400): a JSON list, or "first": as many rows as there are labels
     sampling: Literal["sparse", "dense"] | None = None       # of frames; none: as the file or the kind of model says
     stats: Literal["imagenet", "half", "clip"] | None = None # mean and std of pixels; none: likewise
-    clips: int = 4                        # views along time
+    clips: Few = 4                        # views along time
     crops: Literal[1, 3] = 3              # views in space
-    top: int = 5                          # so many classes of each video
+    top: Count = 5                        # so many classes of each video
     json: bool = False                    # print JSON instead of a table
-
-def _positive(job: Any, *names: str) -> None:
-    "Raises `ValueError` for a count below 1."
-    for name in names:
-        if getattr(job, name) < 1: raise ValueError(f"--{name} {getattr(job, name)}, must be at least 1")
 
 def classify(*options: str) -> int:
     "Name what happens in videos: `vfm_lab classify my.mp4 --weights FILE --labels FILE`."
     from vfm_lab.tasks.classify import classify as run, find_videos, open_classifier, read_labels
     job = parse(Classify, list(options), "vfm_lab classify")
     if not job.videos or not job.weights: raise ValueError("classify needs a video and --weights")
-    _positive(job, "clips", "top")
     if job.label_map == "first" and not job.labels: raise ValueError("--label-map first needs --labels, to know how many rows to keep")
     files, rows = find_videos(job.videos), range(len(read_labels(job.labels))) if job.label_map == "first" else job.label_map
-    net, how, _ = open_classifier(job.weights, job.model, job.model_args, rows)
+    net, how, report = open_classifier(job.weights, job.model, job.model_args, rows)
+    for note in report.notes: print(f"vfm_lab: {printable(job.weights)}: {note}", file=sys.stderr)
     names = read_labels(job.labels, net.num_classes) if job.labels else None
     how = replace(how, **{k: getattr(job, k) for k in ("sampling", "stats") if getattr(job, k)})
     return _answers(run(net.to(_device()), files, how, names, top=job.top, clips=job.clips, crops=job.crops), "video", "classes", job.json)
@@ -171,7 +167,7 @@ class Search:
     tokenizer: str | None = None          # tokenizer.json of CLIP; files of this lab carry their own
     stats: Literal["imagenet", "half", "clip"] | None = None  # mean and std of pixels; none: as the file says, or CLIP's
     index: str = "vfm_lab_index.safetensors"  # keeps the vectors of videos
-    top: int = 5                          # so many videos for each text
+    top: Count = 5                        # so many videos for each text
     json: bool = False                    # print JSON instead of a table
 
 def search(*options: str) -> int:
@@ -180,7 +176,6 @@ def search(*options: str) -> int:
     from vfm_lab.tasks.retrieval import open_towers, search as find, video_index
     job = parse(Search, list(options), "vfm_lab search")
     if not job.texts or not job.videos or not job.weights: raise ValueError("search needs a text, --videos and --weights")
-    _positive(job, "top")
     files, towers = find_videos(job.videos), open_towers(job.weights, job.tokenizer)
     towers.model.to(_device())
     towers.stats = job.stats or towers.stats

@@ -151,16 +151,19 @@ def _files(folder: str) -> Iterator[str]:
         with os.scandir(folder or ".") as entries: yield from (e.name for e in entries if there(e))
     except (OSError, ValueError): return   # ValueError: a NUL in its name
 
-def _check_files(items: Items, names: list[str], keys: Sequence) -> None:
-    "Raise `ValueError` for a clip whose key came before, or whose file is missing."
-    if len(set(keys)) < len(keys):
-        first = {}
-        for i, key in enumerate(keys):
-            if key in first:
-                path = printable(items[i]["path"])
-                raise ValueError(f"{items.source}, {_place(items, i)}: {path} came already in "
-                                 f"{_place(items, first[key])}")
-            first[key] = i
+def _check_once(items: Items, keys: Sequence) -> None:
+    "Raise `ValueError` for a clip whose key came before."
+    if len(set(keys)) == len(keys): return
+    first = {}
+    for i, key in enumerate(keys):
+        if key in first:
+            path = printable(items[i]["path"])
+            raise ValueError(f"{items.source}, {_place(items, i)}: {path} came already in "
+                             f"{_place(items, first[key])}")
+        first[key] = i
+
+def _check_files(items: Items, names: list[str]) -> None:
+    "Raise `ValueError` for a clip whose file is missing."
     missing = set(names)
     for folder in {os.path.dirname(name) for name in names}:
         there = _files(os.path.join(items.root, folder))
@@ -210,6 +213,7 @@ def read_manifest(
     root: str | Path | None = None,     # where relative paths start; None: the manifest's folder
     sep: str | None = None,             # separator; None: read off the first line
     classes: list[str] | None = None,   # names of the labels; None: the names found, if any
+    *, missing: bool = False,           # files may be missing: who reads them tells
 ) -> Items:                             # a {"path": str, "label": int} a clip; raises `ValueError`
     "Clips and labels of a manifest; bad lines, missing and repeated files are named."
     root = str(Path(root or Path(file).parent))
@@ -228,7 +232,8 @@ def read_manifest(
             raise ValueError(f"{file}, line {lines[labels.index(kind)]}: {e}") from None
     labels = array("q", map(list(kinds.values()).__getitem__, labels))
     items = Items(str(file), root, Texts(names), {"label": labels}, lines, classes=classes)
-    _check_files(items, names, names)
+    _check_once(items, names)
+    if not missing: _check_files(items, names)
     return items
 
 # %% ../../nbs/data/30_datasets.ipynb #1e46d9bc
@@ -256,11 +261,12 @@ def load_clip(
     return clips[0] if views == 1 else clips.flatten(0, -5)
 
 # %% ../../nbs/data/30_datasets.ipynb #6965d4d4
-def _check_options(views: int, on_error: str) -> None:
+def _check_options(views: int, on_error: str, choices: Sequence[str]) -> None:
     "Options that all datasets share."
     if views < 1: raise ValueError(f"views must be at least 1, got {views}")
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
+    if on_error not in choices:
+        known = " or ".join(map(repr, choices))
+        raise ValueError(f"on_error is {known}, not {on_error!r}")
 
 def _size(path: str) -> int | None:
     "Bytes of a file; None if it is gone."
@@ -286,10 +292,11 @@ class VideoDataset(Dataset):
         *, sampler: Callable = sparse_indices,  # frame count -> frame numbers, see `load_clip`
         transform: Callable | None = None,      # frames -> clip; None: `eval_transform(224)`
         views: int = 1,                         # repeated augmentation: transforms per decoded clip
-        on_error: str = "raise",                # "raise", or "skip": report, take another clip
+        on_error: str = "raise",                # "raise"; "skip": report, take another clip;
+                                                # "drop", for tests: report, leave it out
     ):
         if not items: raise ValueError("a dataset needs at least one item")
-        _check_options(views, on_error)
+        _check_options(views, on_error, ("raise", "skip", "drop"))
         self.items, self.sampler, self.transform = items, sampler, transform or eval_transform(224)
         self.views, self.on_error = views, on_error
         self.classes = getattr(items, "classes", None)
@@ -322,8 +329,9 @@ def _load(dataset: VideoDataset, i: int, generator: torch.Generator) -> dict:
         except VideoReadError as e:
             if dataset.on_error == "raise": raise
             skipped.append(str(e))
+            if dataset.on_error == "drop": return {"skipped": skipped}
             i = int(torch.randint(len(dataset), (), generator=generator))
-        else: return {"clip": clip, **item} | ({"skipped": skipped} if dataset.on_error == "skip" else {})
+        else: return {"clip": clip, **item} | ({"skipped": skipped} if dataset.on_error != "raise" else {})
     raise VideoReadError(f"{len(skipped)} clips in a row cannot be read, the last one: {skipped[-1]}")
 
 # %% ../../nbs/data/30_datasets.ipynb #682860e0
@@ -466,7 +474,8 @@ class VideoCaptions(VideoDataset):
                 entries.append(n)
         columns = {"caption": Texts(texts), "index": index}
         items = Items(str(file), root, Texts(names), columns, entries, "entry")
-        _check_files(items, names, list(zip(names, texts)))
+        _check_once(items, list(zip(names, texts)))
+        _check_files(items, names)
         super().__init__(items, **options)
 
 # %% ../../nbs/data/30_datasets.ipynb #a0e0b645
@@ -530,6 +539,9 @@ def collate(
     items: list[dict],  # items of a dataset; "clip" is (3, T, H, W), or (V, 3, T, H, W) for V views
 ) -> dict:              # "clip" (B·V, 3, T, H, W); tensors and lists of length B·V; "skipped": all messages
     "A batch dict; views become clips of their own."
+    skipped = [message for item in items for message in item.get("skipped", [])]
+    items = [item for item in items if "clip" in item]   # a dropped one left its message only
+    if not items: return {"skipped": skipped}
     many = [1 if item["clip"].ndim == 4 else len(item["clip"]) for item in items]
     batch = {"clip": torch.cat([item["clip"].view(-1, *item["clip"].shape[-4:]) for item in items])}
     for key in [k for k in items[0] if k not in ("clip", "skipped")]:
@@ -539,7 +551,7 @@ def collate(
         values = [item[key] + k * (key == "seed") if key == "seed" else item[key] for item, v in zip(items, many) for k in range(v)]
         if torch.is_tensor(values[0]): batch[key] = torch.stack(values)
         else: batch[key] = torch.tensor(values) if isinstance(values[0], (int, float)) else values
-    if "skipped" in items[0]: batch["skipped"] = [message for item in items for message in item["skipped"]]
+    if "skipped" in items[0]: batch["skipped"] = skipped
     return batch
 
 # %% ../../nbs/data/30_datasets.ipynb #7b91276e
@@ -576,7 +588,7 @@ def skip_report(
     "One line per clip or shard that could not be read, with the number of times it was met."
     counts = sorted(Counter(skipped).items())
     lines = [f"  {message}" + (f" ({n} times)" if n > 1 else "") for message, n in counts]
-    head = f"{len(skipped)} × something could not be read; other clips took its place:"
+    head = f"{len(skipped)} × something could not be read:"
     return "\n".join([head, *lines])
 
 def _as_raised(error: Exception) -> Exception:
@@ -775,6 +787,17 @@ def _shard(root: str, name: str, count: int) -> Iterator[tuple[str, dict[str, by
     except Exception as e: reason = f" ({printable(str(e))})"   # a wrong header: any kind of error
     if n < count: raise VideoReadError(f"{where}: cut off after {n} of {count} clips{reason}")
 
+def _known(path: str) -> Iterator[tuple[str, dict]]:
+    "What a shard says of its clips; nothing of damaged ones: they are named when they are reached."
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                stem, suffix = os.path.splitext(member.name)
+                if suffix.lower() != ".json" or not member.isreg(): continue
+                try: yield stem, parse_json(tar.extractfile(member).read(), path, dict)
+                except ValueError: continue
+    except (OSError, tarfile.TarError): return
+
 def _samples(shards: "VideoShards", names: list[str]) -> Iterator[Sample]:
     "As many clips as these shards should hold; for \"skip\" others make up for a damaged one."
     need = sum(shards.counts[name] for name in names)
@@ -907,6 +930,19 @@ class _Shards:
                                generator=item_generator(seed, -1)))
         return batches
 
+    def check_labels(self) -> None:
+        """Read all labels, but no video; raises `ValueError` naming tar and clip.
+
+        At an address, and in what is damaged, they are checked as they are reached."""
+        if _is_address(self.root): return
+        for name in self.counts:
+            where = os.path.join(self.root, name)
+            for stem, item in _known(where):
+                try: _checked(item.get("label"), self.num_classes)
+                except ValueError as e:
+                    said = printable(f"{where}, {item.get('name', stem)}")
+                    raise ValueError(f"{said}: {e}") from None
+
     def fingerprint(self) -> str:
         "SHA-256 of the list of shards, their sizes if they are files, and the class names."
         sizes = {name: _size(os.path.join(self.root, name)) for name in self.counts}
@@ -929,7 +965,7 @@ class VideoShards(_Shards):
         num_classes: int | None = None,      # K: labels that are not 0 … K-1 raise `ValueError`
         timeout: float = 600,                # seconds to wait for a worker; then `TimeoutError`
     ):
-        _check_options(views, on_error)
+        _check_options(views, on_error, ("raise", "skip"))
         if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.counts, self.classes = _counts(index), _class_names(index)
         self.root = str(root or Path(index).parent)

@@ -90,6 +90,13 @@ def _tensors(state: object, name: str) -> Mapping[str, Tensor]:
     return state
 
 # %% ../../nbs/models/00_checkpoints.ipynb #3bb1def5
+def _holds_weights(value: object, levels: int = LEVELS) -> bool:
+    "Is there a tensor in these dicts? Under `model` there may be settings too."
+    if not isinstance(value, Mapping) or not levels: return isinstance(value, Mapping)
+    inside = value.values()
+    if any(isinstance(v, Tensor) for v in inside): return True
+    return any(_holds_weights(v, levels - 1) for v in inside if isinstance(v, Mapping))
+
 def unwrap(
     state: Mapping,           # what a torch file held
     name: str = "state dict", # for error messages
@@ -100,10 +107,9 @@ def unwrap(
         if not isinstance(state, Mapping):
             found = type(state).__name__
             raise CheckpointError(f"{name}: expected a dict of tensors, found {found}")
-        level = next((k for k in WRAPPERS if isinstance(state.get(k), Mapping)), None)
+        level = next((k for k in WRAPPERS if _holds_weights(state.get(k))), None)
         if level is None: break
-        others = [k for k, v in state.items() if k != level and isinstance(v, Mapping)
-                  and any(isinstance(t, Tensor) for t in v.values())]
+        others = [k for k, v in state.items() if k != level and _holds_weights(v)]
         notes += [f"it holds weights under {k!r} too, which are not used" for k in others]
         state = state[level]
     else: raise CheckpointError(f"{name}: weights more than {LEVELS} levels deep, or in themselves")
@@ -434,10 +440,12 @@ def compare_settings(
     "Refuse weights made for another activation or other heads, which no shape shows."
     config = getattr(model, "config", {})
     built = _of_ours(config if isinstance(config, dict) else {})
-    part, fixed = getattr(model, "part", ""), getattr(model, "fixed", {})
+    part = getattr(model, "part", "")
+    owners = {p: getattr(model, p, model) if p else model for p in built}
+    built = {p: d | getattr(owners[p], "fixed", {}) for p, d in built.items()}
     silent = hasattr(model, "unsaid")
     for place, said in _said(file) if file else ():
-        for at, ours in ((p or part, d | fixed) for p, d in built.items()):
+        for at, ours in ((p or part, d) for p, d in built.items()):
             theirs = said.get(at, said.get("", {}))
             silent = silent and place != "its header" and "act" not in theirs
             for key in (k for k in ours if k in theirs and not _agree(k, theirs[k], ours[k])):

@@ -30,6 +30,7 @@ def pixel_cubes(
     else: x = x[torch.arange(len(x), device=x.device)[:, None], tokens // (h * w), tokens // w % h, tokens % w]
     x = x.flatten(3).transpose(2, 3).float()                      # a view: in memory each colour stays in one piece
     if stats is None: return x
+    if stats not in _STATS: raise ValueError(f"stats is one of {', '.join(_STATS)}, got {stats!r}")
     mean, std = torch.tensor(_STATS[stats], device=x.device)
     return (x * std).add_(mean)
 

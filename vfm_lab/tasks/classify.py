@@ -7,6 +7,7 @@ __all__ = ['Reading', 'reading', 'described', 'finetuned_state', 'header', 'open
            'find_videos', 'classify']
 
 # %% ../../nbs/tasks/20_classify.ipynb #968d377a
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..data.datasets import find_videos as videos_below, load_clip
 from ..data.reader import VideoReadError, dense_indices, sparse_indices
 from ..data.transforms import STATS
-from ..files import finite, read_json, read_text
+from ..files import finite, printable, read_json, read_text
 from ..models import umt, uniformerv2, videomae
 from ..models.checkpoints import CheckpointError, LoadReport, State, build_like, layout
 from ..models.checkpoints import load_weights, peel, read_config, read_weights
@@ -167,10 +168,14 @@ def find_videos(
     Raises `ValueError` for a path that does not exist, and for a folder without videos."""
     found = []
     for path in map(Path, paths):
-        inside = videos_below(path).videos if path.is_dir() else [path]
         if not path.exists(): raise ValueError(f"{path}: no such file or folder")
-        if not inside: raise ValueError(f"{path}: no video in this folder")
-        found += inside
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = videos_below(path)
+        if not inside.videos: raise ValueError(f"{path}: no video in this folder; {inside}")
+        if inside.left_out: print(printable(f"{path}: {inside}"), file=sys.stderr)
+        found += inside.videos
     return found
 
 # %% ../../nbs/tasks/20_classify.ipynb #21b94bd7

@@ -83,6 +83,7 @@ def evaluate(
     model.eval()
     try:
         for batch in batches:
+            if "clip" not in batch: continue   # none of its videos could be read
             video = batch.get("index")
             if views == 1 and video is not None and (video[1:] == video[:-1]).any(): raise ValueError("several views of one video stand side by side: say how many with `views`")
             scores = model(batch["clip"].to(device)).float()                          # (B·V, K)

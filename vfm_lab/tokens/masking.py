@@ -172,9 +172,16 @@ def check_dual_mask(
     decoder: str | None = "running_cell", # see `dual_mask`
     decoder_ratio: float = 0.5,           # see `dual_mask`
 ) -> None:
-    "Raises `ValueError` for masks that a model cannot be trained with: they hide nothing, or all."
+    """Raises `ValueError` for masks that a model cannot be trained with.
+
+    Something must be visible, something hidden, and a hidden token decoded."""
     draw = Generator()   # on the CPU, also where models are built on the meta device
     pair = dual_mask(1, grid, ratio, decoder, decoder_ratio, generator=draw, device="cpu")
-    for what, share, mask in zip(("mask_ratio", "decoder_ratio"), (ratio, decoder_ratio), pair):
-        if not mask.any():
-            raise ValueError(f"{what} {share} leaves out none of {mask.numel()} tokens")
+    mask, left_out = pair
+    places, hidden = f"of {mask.numel()} tokens", int(mask.sum())
+    if not hidden: raise ValueError(f"mask_ratio {ratio} hides none {places}: nothing to learn from")
+    if mask.all(): raise ValueError(f"mask_ratio {ratio} hides all {places}: nothing to see")
+    if not left_out.any(): raise ValueError(f"decoder_ratio {decoder_ratio} leaves out none {places}")
+    if decoder and hidden * (1 - decoder_ratio) < 1:
+        raise ValueError(f"decoder_ratio {decoder_ratio} leaves not one of {hidden} hidden tokens "
+                         "to decode")
