@@ -13,7 +13,8 @@ from vfm_lab.data.datasets import (VideoCaptions, VideoDataset, VideoFolder, Vid
                                    skip_report, view_indices)
 from vfm_lab.data.reader import VideoReadError, linspace_indices, sparse_indices
 from vfm_lab.data.synth import SynthDataset, save_clip, synth_clips
-from vfm_lab.data.transforms import (CROPS, STATS, crop_resize, denormalize, eval_transform, mixup, multi_scale_box, normalize,
+from vfm_lab.inputs import STATS
+from vfm_lab.data.transforms import (CROPS, crop_resize, denormalize, eval_transform, mixup, multi_scale_box, normalize,
                                      rand_augment, random_erase, random_flip, resize_short, to_clip, train_transform)
 
 POLICY = "rand-m7-n4-mstd0.5-inc1"

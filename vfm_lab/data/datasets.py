@@ -33,9 +33,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .reader import VIDEO_SUFFIXES, VideoReadError, read_frames, sparse_indices
-from .synth import item_generator
 from .transforms import eval_transform
 from ..files import parse_json, printable, read_json, read_text, replacing, write_json
+from ..inputs import item_generator
 
 # %% ../../nbs/data/30_datasets.ipynb #ee765682
 def _text(file: str | Path) -> str:

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COLORS', 'MOTIONS', 'VERBS', 'RGB', 'DIGITS', 'motion_dials', 'sprite_bank', 'place_sprites', 'backgrounds',
-           'to_frames', 'SynthBatch', 'synth_clips', 'soft_clips', 'object_share', 'item_generator', 'SynthDataset',
-           'SynthMoments', 'synth_moments', 'digit_bank', 'digit_clips', 'save_clip']
+           'to_frames', 'SynthBatch', 'synth_clips', 'soft_clips', 'object_share', 'SynthDataset', 'SynthMoments',
+           'synth_moments', 'digit_bank', 'digit_clips', 'save_clip']
 
 # %% ../../nbs/data/00_synth.ipynb #07caf1dd
-import hashlib
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -225,13 +224,7 @@ def object_share(
     return F.avg_pool3d(mask[:, None].float(), (tubelet, patch, patch)).flatten(1)
 
 # %% ../../nbs/data/00_synth.ipynb #c010a870
-def item_generator(
-    seed: int,           # of the dataset
-    i: int,              # of the item
-) -> torch.Generator:    # on the CPU
-    "A generator for one item, the same on every machine and in every worker."
-    digest = hashlib.blake2s(f"{seed},{i}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+from ..inputs import item_generator
 
 # %% ../../nbs/data/00_synth.ipynb #7f047b58
 class SynthDataset(torch.utils.data.Dataset):

@@ -11,9 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../../nbs/objectives/05_reconstruction.ipynb #5cdc9813
-_STATS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-          "half": ((0.45,) * 3, (0.225,) * 3)}  # what the clip was normalised with
+from ..inputs import mean_std
 
 # %% ../../nbs/objectives/05_reconstruction.ipynb #ff6ccb01
 def pixel_cubes(
@@ -23,15 +21,14 @@ def pixel_cubes(
     stats: str | None = "imagenet",  # statistics to undo: "imagenet", "clip" or "half"; None: already in [0, 1]
     tokens: Tensor | None = None,    # long (B, n) which tokens; None: all
 ) -> Tensor:                         # (B, n, tubelet·patch·patch, 3) in [0, 1]
-    "The pixels of tokens, colour last; raises `KeyError` for unknown statistics."
+    "The pixels of tokens, colour last; raises `ValueError` for unknown statistics."
     x = rearrange(clip, "b c (t u) (h p) (w q) -> b t h w c u p q", u=tubelet, p=patch, q=patch)
     h, w = x.shape[2:4]
     if tokens is None: x = x.flatten(1, 3)
     else: x = x[torch.arange(len(x), device=x.device)[:, None], tokens // (h * w), tokens // w % h, tokens % w]
     x = x.flatten(3).transpose(2, 3).float()                      # a view: in memory each colour stays in one piece
     if stats is None: return x
-    if stats not in _STATS: raise ValueError(f"stats is one of {', '.join(_STATS)}, got {stats!r}")
-    mean, std = torch.tensor(_STATS[stats], device=x.device)
+    mean, std = mean_std(stats, x)
     return (x * std).add_(mean)
 
 # %% ../../nbs/objectives/05_reconstruction.ipynb #ed1402ca

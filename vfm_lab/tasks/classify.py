@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data.datasets import find_videos as videos_below, load_clip
 from ..data.reader import VideoReadError, dense_indices, sparse_indices
-from ..data.transforms import STATS
+from ..inputs import STATS
 from ..files import finite, printable, read_json, read_text
 from ..models import umt, uniformerv2, videomae
 from ..models.checkpoints import CheckpointError, LoadReport, State, build_like, layout

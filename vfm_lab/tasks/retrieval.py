@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.reader import VideoReadError, linspace_indices, read_frames
-from ..data.transforms import STATS, eval_transform
+from ..data.transforms import eval_transform
+from ..inputs import STATS
 from ..files import finite, parse_json, replacing
 from ..models.checkpoints import CheckpointError, build_like, load_weights, peel
 from ..models.checkpoints import read_config, read_weights, save_weights

@@ -19,24 +19,20 @@ from matplotlib.figure import Figure
 from PIL import Image as Pillow
 from torch import Tensor
 
+from ..inputs import mean_std
+
 # %% ../../nbs/viz/00_figures.ipynb #d102a7de
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")  # colour-blind safe categories
-_STATS = {  # (mean, std) per RGB channel: what `normalize` did and what a picture must undo
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "half": ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225)),
-}
 
 # %% ../../nbs/viz/00_figures.ipynb #93f73930
 def to_frames(
     clip: Tensor,              # (3, T, H, W) float: in [0, 1], or normalised
     stats: str | None = None,  # statistics to undo: "imagenet", "clip" or "half"; None: nothing was normalised
 ) -> Tensor:                   # uint8 (T, H, W, 3) on the CPU
-    "The frames of a clip as they can be drawn; raises `KeyError` for unknown statistics."
+    "The frames of a clip as they can be drawn; raises `ValueError` for unknown statistics."
     clip = clip.detach().float().cpu()
-    if stats not in (None, *_STATS): raise KeyError(f"stats is one of {', '.join(_STATS)} or None, got {stats!r}")
     if stats is not None:
-        mean, std = torch.tensor(_STATS[stats]).view(2, 3, 1, 1, 1)
+        mean, std = (s.view(3, 1, 1, 1) for s in mean_std(stats, clip))
         clip = clip * std + mean
     return (clip.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).contiguous()
 
