@@ -180,7 +180,7 @@ def check(
     "The same test for what did not come from a file; raises `ValueError` naming a key."
     from_plain(asdict(settings), type(settings))
 
-# %% ../nbs/07_config.ipynb #34ff33dd
+# %% ../nbs/07_config.ipynb #9bd8d892
 def read_yaml(
     file: str | Path,   # at most 256 kB
 ) -> Any:
@@ -194,7 +194,7 @@ def read_yaml(
             aliases += isinstance(event, yaml.AliasEvent)
             if depth > 20: raise ValueError("more than 20 levels")
             if aliases > 20: raise ValueError("more than 20 aliases")
-        return yaml.load(text, _loader())   # noqa: S506  (a safe loader)
+        return yaml.load(text, _loader())
     except Exception as e:   # numbers and dates of YAML end in all kinds of errors
         reason = str(e).splitlines() or [type(e).__name__]
         raise ValueError(f"{file}: not YAML ({reason[0][:120]})") from None

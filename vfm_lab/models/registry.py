@@ -16,7 +16,7 @@ from torch import nn
 from ..files import read_json
 from .checkpoints import CheckpointError, State, layout as first_keys, peel
 
-# %% ../../nbs/models/05_registry.ipynb #a30bf42c
+# %% ../../nbs/models/05_registry.ipynb #1731cc99
 @dataclass(frozen=True)
 class Layout:
     "One kind of weight file."
@@ -26,46 +26,49 @@ class Layout:
     has: tuple[str, ...]                # patterns at the start of keys: each is found in such a file …
     lacks: tuple[str, ...] = ()         # … and none of these
     fresh: tuple[str, ...] = ()         # our keys that such a file does not hold: they keep their start
-    sizes: Callable[[State, dict], dict] | None = None   # its keys and config.json → arguments of `model`
+    whole: bool = True                  # False: such a file is something else too, and more than `model`
+    only: Callable[[State], bool] | None = None          # a look at the shapes, where keys do not tell
+    sizes: Callable[[State, dict], dict] | None = None   # its tensors and its JSON → arguments of `make`
+    make: Callable[..., nn.Module] | None = None         # builds the model; None: the class itself
+    adapt: Callable[[State, nn.Module], State] | None = None   # what depends on the model at hand
 
     def fits(
         self,
-        keys: Iterable[str],   # of a file, without prefixes that all of them carry
+        state: State,   # of a file, without prefixes that all keys carry
     ) -> bool:
         "Is it such a file?"
-        keys = list(keys)
-        def found(pattern): return any(re.match(pattern, key) for key in keys)
-        return all(map(found, self.has)) and not any(map(found, self.lacks))
+        def found(pattern): return any(re.match(pattern, key) for key in state)
+        if not all(map(found, self.has)) or any(map(found, self.lacks)): return False
+        return self.only is None or bool(self.only(state))
 
 LAYOUTS: dict[str, Layout] = {}   # name → layout
 
-# %% ../../nbs/models/05_registry.ipynb #8add8263
+# %% ../../nbs/models/05_registry.ipynb #406f2932
 def layout(
     name: str,                      # such as "videomae_pretrained"
     model: type[nn.Module],         # the class that it fills
-    has: Iterable[str],             # see `Layout`
-    lacks: Iterable[str] = (),      # see `Layout`
-    fresh: Iterable[str] = (),      # see `Layout`
-    sizes: Callable | None = None,  # see `Layout`
+    has: Iterable[str],             # patterns, see `Layout`
+    **more,                         # other fields of `Layout`
 ) -> Callable:
     "Decorator of a converter: such files are known from now on. `ValueError` for a name that is taken."
     def add(convert: Callable[[State], State]) -> Callable[[State], State]:
         old = LAYOUTS.get(name)
         if old and old.convert.__qualname__ != convert.__qualname__:
             raise ValueError(f"two layouts are named {name!r}: {old.convert.__module__} has one")
-        LAYOUTS[name] = Layout(name, model, convert, tuple(has), tuple(lacks), tuple(fresh), sizes)
+        LAYOUTS[name] = Layout(name, model, convert, tuple(has), **more)
         return convert
     return add
 
-# %% ../../nbs/models/05_registry.ipynb #e0e820f9
+# %% ../../nbs/models/05_registry.ipynb #ca5c76bd
 def layouts_of(
     state: State,                            # of any file
-    model: type[nn.Module] | None = None,    # only those that fill this class
+    model: type[nn.Module] | None = None,    # only those that fill this class; None: that are all of a model
 ) -> list[Layout]:                           # none, one, or a mistake
     "The layouts that fit a file."
-    keys = list(peel(state))
-    ours = [one for one in LAYOUTS.values() if model is None or issubclass(model, one.model)]
-    return [one for one in ours if one.fits(keys)]
+    bare = peel(state)
+    if model is None: known = [one for one in LAYOUTS.values() if one.whole]
+    else: known = [one for one in LAYOUTS.values() if issubclass(model, one.model)]
+    return [one for one in known if one.fits(bare)]
 
 def find_layout(
     state: State,                            # of any file
