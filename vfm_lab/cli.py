@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import __version__
+from .config import Argument, Count, Few, Settings
 from .files import printable
-from .recipes import Count, Few
 
 # %% ../nbs/10_cli.ipynb #36627f82
 def parity(
@@ -63,7 +64,8 @@ def parse(
     """A recipe from a command line.
 
     Raises `ValueError` for a file or number that does not fit; tyro leaves for wrong options."""
-    from vfm_lab.recipes import check, read_recipe, recipe_file
+    from vfm_lab.config import check, recipe_file
+    from vfm_lab.recipes import read_recipe
     words = [w for arg in args for w in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     at = words.index("--config") if "--config" in words else None
     if at is not None and at + 1 == len(words): raise ValueError("--config needs the name of a file")
@@ -75,12 +77,19 @@ def parse(
     return recipe
 
 # %% ../nbs/10_cli.ipynb #1c681b95
-def pretrain(what: Literal["umt", "videomae"], *options: str) -> int:
-    "Self-supervised training of UMT or VideoMAE: `vfm_lab pretrain umt --help`."
+def pretrain(*options: str) -> int:
+    "Self-supervised training: `vfm_lab pretrain --help` lists the ways."
     from vfm_lab import recipes
-    kind = {"umt": recipes.PretrainUMT, "videomae": recipes.PretrainVideoMAE}[what]
-    history = recipes.pretrain(parse(kind, list(options), f"vfm_lab pretrain {what}"))
-    return _say(f"loss {history['loss'][0]:.4f} → {history['loss'][-1]:.4f} in {len(history['loss'])} steps")
+    from vfm_lab.config import RECIPES
+    from vfm_lab.hub import systems
+    systems()   # what is declared
+    ways = {c.removeprefix("pretrain "): kind for c, kind in RECIPES.items() if c.startswith("pretrain ")}
+    way = options[0] if options else ""
+    if way not in ways:
+        return tyro.extras.subcommand_cli_from_dict(ways, prog="vfm_lab pretrain", args=list(options))
+    history = recipes.pretrain(parse(ways[way], list(options[1:]), f"vfm_lab pretrain {way}"))
+    steps, loss = len(history["loss"]), history["loss"]
+    return _say(f"loss {loss[0]:.4f} → {loss[-1]:.4f} in {steps} steps")
 
 def finetune(*options: str) -> int:
     "Supervised training of a classifier: `vfm_lab finetune --help`."
@@ -112,12 +121,12 @@ def features(*options: str) -> int:
 
 # %% ../nbs/10_cli.ipynb #8e0ce143
 @dataclass
-class Classify:
+class Classify(Settings):
     "Name what happens in videos."
     videos: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="VIDEO …")] = field(default_factory=list)  # files, or folders of them
     weights: str = ""                     # file of a fine-tuned classifier, ours or official
-    model: str | None = None              # its name, such as uniformerv2_base_patch16; files of `vfm_lab finetune` say it themselves
-    model_args: dict[str, int | float | bool | str | list[int]] = field(default_factory=dict)  # arguments other than the registered ones: frames 16
+    model: str | None = None              # its registered name; none: as the file shows
+    model_args: dict[str, Argument] = field(default_factory=dict)  # arguments other than the registered ones: frames 16
     labels: str | None = None             # names of the classes: one per line, or a JSON list; none: as the file says
     label_map: str | None = None          # head row of each class (K710 to K400): a JSON list, or "first": as many rows as there are labels
     sampling: Literal["sparse", "dense"] | None = None       # of frames; none: as the file or the kind of model says
@@ -129,16 +138,23 @@ class Classify:
 
 def classify(*options: str) -> int:
     "Name what happens in videos: `vfm_lab classify my.mp4 --weights FILE --labels FILE`."
-    from vfm_lab.tasks.classify import classify as run, find_videos, open_classifier, read_labels
+    from vfm_lab.hub import load
+    from vfm_lab.recipes import classifier
+    from vfm_lab.tasks.classify import classify as run, find_videos, read_labels
     job = parse(Classify, list(options), "vfm_lab classify")
     if not job.videos or not job.weights: raise ValueError("classify needs a video and --weights")
-    if job.label_map == "first" and not job.labels: raise ValueError("--label-map first needs --labels, to know how many rows to keep")
-    files, rows = find_videos(job.videos), range(len(read_labels(job.labels))) if job.label_map == "first" else job.label_map
-    net, how, report = open_classifier(job.weights, job.model, job.model_args, rows)
-    for note in report.notes: print(f"vfm_lab: {printable(job.weights)}: {note}", file=sys.stderr)
-    names = read_labels(job.labels, net.num_classes) if job.labels else None
-    how = replace(how, **{k: getattr(job, k) for k in ("sampling", "stats") if getattr(job, k)})
-    return _answers(run(net.to(_device()), files, how, names, top=job.top, clips=job.clips, crops=job.crops), "video", "classes", job.json)
+    files, rows = find_videos(job.videos), job.label_map
+    if rows == "first":
+        if not job.labels: raise ValueError("--label-map first needs --labels, to know how many rows to keep")
+        rows = range(len(read_labels(job.labels)))
+    found = load(job.weights, job.model, label_map=rows, **job.model_args)
+    net = classifier(found.model, found.name or job.weights).to(_device())
+    for note in found.report.notes: print(f"vfm_lab: {printable(job.weights)}: {note}", file=sys.stderr)
+    names = read_labels(job.labels, net.num_classes) if job.labels else found.labels
+    asked = {k: getattr(job, k) for k in ("sampling", "stats") if getattr(job, k)}
+    answers = run(net, files, replace(found.spec, **asked), names, top=job.top, clips=job.clips,
+                  crops=job.crops)
+    return _answers(answers, "video", "classes", job.json)
 
 # %% ../nbs/10_cli.ipynb #8ce8fca4
 def _device():
@@ -159,7 +175,7 @@ def _answers(answers, asked, found, as_json):
 
 # %% ../nbs/10_cli.ipynb #dd9fc883
 @dataclass
-class Search:
+class Search(Settings):
     "Find videos by what they show."
     texts: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="TEXT …")] = field(default_factory=list)  # what to look for, each in its own quotes
     videos: list[str] = field(default_factory=list)  # files, or folders of them
@@ -201,16 +217,25 @@ def main() -> None:
         if not _of_user(e): raise
         sys.exit(f"vfm_lab: {_line(e)}")
 
-def _run(command: str, *rest: str) -> int | None:
+def _run(*words: str) -> int | None:
+    command, *rest = _plugged(words)
     if command == "--version": return print(f"vfm_lab {__version__}")
-    if command == "pretrain" and rest[:1] not in (("umt",), ("videomae",)):
-        from vfm_lab.recipes import PretrainUMT, PretrainVideoMAE
-        kinds = {"umt": PretrainUMT, "videomae": PretrainVideoMAE}
-        return tyro.extras.subcommand_cli_from_dict(kinds, prog="vfm_lab pretrain", args=rest)
     if command in ("pretrain", "finetune", "eval", "features", "classify", "search"):
-        return COMMANDS[command](*rest)
+        return COMMANDS[command](*rest)   # they read their options themselves
     about = f"vfm_lab {__version__}: video foundation models you can read, run and reuse"
-    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="vfm_lab", description=about)
+    return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="vfm_lab", description=about,
+                                                args=[w for w in (command, *rest) if w])
+
+def _plugged(words: Iterable[str]) -> list[str]:
+    "Run the files behind `--plugin`; the other words."
+    words = list(words)
+    while "--plugin" in words:
+        from vfm_lab.hub import plugin
+        at = words.index("--plugin")
+        if at + 1 == len(words): raise ValueError("--plugin needs a Python file")
+        plugin(words[at + 1])
+        del words[at:at + 2]
+    return words or [""]
 
 # %% ../nbs/10_cli.ipynb #31f80809
 def _of_user(e: Exception) -> bool:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'FILES', 'systems', 'plugin', 'model_class', 'list_models', 'create_model', 'Plan', 'Loaded', 'header',
-           'save', 'load']
+           'save', 'load', 'fill']
 
 # %% ../nbs/08_hub.ipynb #b7021fdd
 import difflib
@@ -228,7 +228,7 @@ class Loaded(ModelHubMixin):
                                    local_files_only=local_files_only, force_download=force_download)
         return load(folder, **args)
 
-# %% ../nbs/08_hub.ipynb #2978650f
+# %% ../nbs/08_hub.ipynb #5073e772
 def header(
     loaded: Loaded,   # see `load`
 ) -> dict:            # plain values
@@ -243,9 +243,11 @@ def header(
 def save(
     loaded: Loaded,     # see `load`
     file: str | Path,   # .safetensors, written whole or not at all
+    state: State | None = None,   # other weights than those that the model has now
 ) -> None:
     "Weights and all that is known about them, in one file."
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in loaded.model.state_dict().items()}
+    state = loaded.model.state_dict() if state is None else state
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     with replacing(file) as draft: save_file(state, draft, {"config": json.dumps(header(loaded))})
 
 # %% ../nbs/08_hub.ipynb #2e75652e
@@ -288,3 +290,32 @@ def _open(given: State, file: Path, model: str | None, layout: str | None,
     if labels and rows is not None:
         labels = [labels[r] for r in rows] if max(rows) < len(labels) else None
     return Loaded(net.eval(), _spec(net, seen), report, labels, plan.name, words)
+
+# %% ../nbs/08_hub.ipynb #c75cae0c
+def fill(
+    model: nn.Module,             # is changed in place
+    source: str | Path,           # a weight file, or a folder with one
+    *, layout: str | None = None, # what kind of file it is; None: its keys show it
+    label_map: str | Path | Iterable[int] | None = None,   # rows of the head to keep, in this order
+    new_head: bool = False,       # a head of another size may stay at its random start
+) -> LoadReport:                  # what became of every key
+    "Weights for a model at hand; raises `CheckpointError` and changes nothing if they do not fit."
+    systems()
+    file = _file_in(Path(source)) if Path(source).is_dir() else Path(source)
+    given = _read(file)
+    try:
+        found = find_layout(given, type(model), layout)
+        state = head_rows(found.convert(given) if found else peel(given), label_map)
+        if found and found.adapt: state = found.adapt(state, model)
+        fresh = found.fresh if found else ()
+        if new_head and _other_head(state, model):
+            state = {k: None if k.startswith("head.") else v for k, v in state.items()}
+            fresh = (*fresh, r"head\.")
+        return load_weights(model, given, lambda _: state, fresh=fresh)
+    except CheckpointError as e:
+        raise CheckpointError(str(e) if str(e).startswith(str(file)) else f"{file}: {e}") from None
+
+def _other_head(state: State, model: nn.Module) -> bool:
+    "Does the file know another number of classes?"
+    head = state.get("head.weight")
+    return head is not None and len(head) != getattr(model, "num_classes", len(head))

@@ -13,7 +13,7 @@ from ..models.clip import (CLIP, CLIPText, CLIPVision, text_from_openai, text_fr
                                  vision_from_openai, vision_from_timm, vision_from_transformers)
 from ..models.registry import layout
 
-# %% ../../nbs/official/10_clip.ipynb #6818f75c
+# %% ../../nbs/official/10_clip.ipynb #4a0a65cd
 def both_towers(
     vision: dict,   # arguments of `CLIPVision`
     text: dict,     # arguments of `CLIPText`
@@ -22,8 +22,10 @@ def both_towers(
     return CLIP(CLIPVision(**vision), CLIPText(**text))
 
 def _joined(vision: State, text: State, scale: Tensor | None) -> State:
-    "Keys of two towers as keys of a `CLIP`."
-    state = {f"vision.{k}": v for k, v in vision.items()} | {f"text.{k}": v for k, v in text.items()}
+    "Keys of two towers as keys of a `CLIP`; what neither takes is left out."
+    state = {k: None for k in vision if vision[k] is None and text.get(k, "") is None}
+    for tower, keys in (("vision", vision), ("text", text)):
+        state |= {f"{tower}.{k}": v for k, v in keys.items() if v is not None}
     return state if scale is None else state | {"logit_scale": scale.reshape(())}
 
 def _count(state: State, prefix: str) -> int:
