@@ -43,10 +43,11 @@ class Attention(nn.Module):
 
     def split(
         self,
-        x: Tensor,                    # (B, N, D)
+        x: Tensor,                    # (…, N, D); the axes before N count as one, B
         queries: int | None = None,   # only the last n tokens ask; None: all
     ) -> tuple[Tensor, Tensor, Tensor]:
         "Queries (B, heads, n, D/heads), keys and values (B, heads, N, D/heads)."
+        x = x.flatten(0, -3)
         return self._borrowed(x, queries) if is_plain(self.qkv) else self._called(x, queries)
 
     def _biases(self) -> Tensor | None:
@@ -70,20 +71,26 @@ class Attention(nn.Module):
         q, k, v = cut_heads(y, 3, self.heads)
         return (q if queries is None else q[:, :, -queries:]), k, v
 
+    def merge(
+        self,
+        q: Tensor,                    # (B, heads, n, d)
+        k: Tensor,                    # (B, heads, N, d)
+        v: Tensor,                    # (B, heads, N, d)
+        mask: Tensor | None = None,   # bool, broadcasts to (B, heads, n, N); True = may attend
+        causal: bool = False,         # each token sees itself and those before it
+    ) -> Tensor:                      # (B, n, D)
+        "The answers to all queries, and the mixing of the heads."
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
     def forward(
         self,
-        x: Tensor,                    # (B, N, D)
+        x: Tensor,                    # (…, N, D)
         mask: Tensor | None = None,   # bool, broadcasts to (B, heads, N, N); True = may attend
         causal: bool = False,         # each token sees itself and those before it
-        row: int | None = None,       # also return the attention of this query token
-        queries: int | None = None,   # only the last n tokens ask, all N answer; None: all ask
-    ) -> Tensor | tuple[Tensor, Tensor]:  # (B, n, D), and with `row` the weights (B, heads, N)
-        "Every token attends to all, then the heads mix; `ValueError` for `causal` with `queries`."
-        if causal and queries is not None: raise ValueError("causal attention needs all queries")
-        q, k, v = self.split(x, queries)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        y = self.proj(y.transpose(1, 2).flatten(2))
-        return y if row is None else (y, attention_row(q, k, row))
+    ) -> Tensor:                      # (…, N, D)
+        "Every token attends to all, then the heads mix."
+        return self.merge(*self.split(x), mask, causal).reshape(x.shape)
 
 # %% ../../nbs/nn/00_attention.ipynb #7c342d25
 def attention_row(
@@ -148,7 +155,7 @@ class CosineAttention(Attention):
 
     def split(
         self,
-        x: Tensor,                   # (B, N, D)
+        x: Tensor,                   # (…, N, D)
         queries: int | None = None,  # see `Attention`
     ) -> tuple[Tensor, Tensor, Tensor]:
         "As in `Attention`, but unit keys, and queries of length exp(scale)·√d, since the kernel divides by √d."

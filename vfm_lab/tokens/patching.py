@@ -60,14 +60,21 @@ def unpatchify(
 
 # %% ../../nbs/tokens/00_patching.ipynb #621b1ad4
 def visible_indices(
-    mask: Tensor,  # bool (B, N), True = hidden
-) -> Tensor:       # long (B, n) indices of the visible tokens, increasing
-    "Where the visible tokens are; raises `ValueError` if rows hide different numbers, or all."
+    mask: Tensor,              # bool (B, N), True = hidden
+    count: int | None = None,  # visible tokens of each row, if known; None: they are counted
+) -> Tensor:                   # long (B, n) indices of the visible tokens, increasing
+    """Where the visible tokens are.
+
+    Raises `ValueError` if rows hide different numbers, or all. A given count is believed."""
+    if count is None: count = _count(mask)
+    return mask.byte().argsort(dim=1, stable=True)[:, :count]   # 0, the visible ones, in front
+
+def _count(mask: Tensor) -> int:
+    "Visible tokens of each row. The numbers are read by the host, which waits for a GPU here."
     counts = (~mask).sum(1)
-    if not len(counts) or ((counts != counts[0]) | (counts == 0)).any():
-        raise ValueError("every row of a mask must hide the same number and leave some visible, "
-                         f"visible counts are {counts.tolist()}")
-    return (~mask).nonzero()[:, 1].view(len(mask), -1)
+    if len(counts) and ((counts == counts[0]) & (counts > 0)).all(): return int(counts[0])
+    raise ValueError("every row of a mask must hide the same number and leave some visible, "
+                     f"visible counts are {counts.tolist()}")
 
 # %% ../../nbs/tokens/00_patching.ipynb #6b6864d6
 def gather_tokens(
