@@ -8,17 +8,14 @@ __all__ = ['umt_stage1', 'umt_teacher_conversion', 'umt_finetune', 'clip_vision'
            'internvideo_multimodal', 'parity']
 
 # %% ../nbs/20_parity.ipynb #52871dac
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from torch.nn import functional as F
 
+from .golden import Case, Line, Outputs, golden as system, read_case, run_case
+from .hub import systems
 from .models.checkpoints import load_weights
 from .models.clip import (CLIPText, CLIPVision, inflate_stem, resize_frames, resize_grid, text_from_transformers, vision_from_openai,
                                  vision_from_transformers)
