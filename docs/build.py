@@ -22,7 +22,8 @@ SITE, PROC, WORK = ROOT/"_docs", ROOT/"_proc", ROOT/"_proc_site"
 SOURCE = WORK/"source"
 NUMBER = re.compile(r"(^|/)\d+[a-zA-Z0-9]*_([^/]*)$")
 TAGS = {r"echo: *false": "remove-input", r"code-fold: *true": "hide-input", r"output: *false": "remove-output"}
-ROOMS = {"tour.ipynb": "Start", "00_lab.ipynb": "Start", "02_files.ipynb": "Start", "data": "Video in", "tokens": "Tokens", "nn": "Layers", "objectives": "Objectives", "models": "Models", "train": "Training",
+ROOMS = {"tour.ipynb": "Start", "00_lab.ipynb": "Start", "02_files.ipynb": "Start", "03_inputs.ipynb": "Start",
+         "04_text.ipynb": "Start", "official": "Official files", "data": "Video in", "tokens": "Tokens", "nn": "Layers", "objectives": "Objectives", "models": "Models", "train": "Training",
          "adapt": "Adaptation", "tasks": "Tasks", "viz": "Pictures", "studies": "Studies", "": "Reference", "solutions": "Solutions"}
 
 

@@ -31,13 +31,23 @@ from vfm_lab.models.umt import classifier_from_finetuned
 from vfm_lab.models.uniformerv2 import FRESH, UniFormerV2, from_clip
 from vfm_lab.models.videomae import FRESH as FRESH_MAE
 from vfm_lab.models.videomae import VideoMAE, VideoMAEClassifier, classifier_from_pretrained
-from vfm_lab.models.videomae import from_transformers, read_label_map
-from vfm_lab.tasks.classify import finetuned_state, open_classifier
+from vfm_lab.models.registry import read_label_map
+from vfm_lab.models.videomae import from_transformers
+from vfm_lab.hub import load, systems
+from vfm_lab.models.registry import find_layout, head_rows
 from vfm_lab.tasks.retrieval import open_towers
 
 TINY = dict(image_size=16, patch=8, frames=4, dim=32, depth=1, heads=2)
 NAME = "videomae_vit_base_patch16"
 TOWER = dict(image_size=16, patch=8, dim=32, depth=2, heads=4, out_dim=16)
+
+
+systems()   # what is declared
+
+
+def as_found(state):
+    "Converted by the layout that fits."
+    return find_layout(state, VideoMAEClassifier).convert(state)
 
 
 def classifier(seed=0, **args):
@@ -92,7 +102,7 @@ def test_prefixes_in_any_order(tmp_path, before, suffix):
     other = classifier(5)
     load_weights(other, file)
     assert torch.equal(other(clip()), net(clip()))
-    opened = open_classifier(file, NAME, TINY)[0]
+    opened = load(file, NAME, **TINY).model
     assert torch.equal(opened(clip()), net(clip()))
 
 
@@ -150,10 +160,10 @@ def test_an_unknown_layout_shows_its_keys(tmp_path):
     torch.save(state, tmp_path / "odd.pth")
     first = next(iter(state))
     with pytest.raises(CheckpointError) as e:
-        finetuned_state(state)
-    says(e, first, "'cls.trunk.'")
+        load(tmp_path / "odd.pth")
+    says(e, "odd.pth", first, "'cls.trunk.'")
     with pytest.raises(CheckpointError) as e:
-        open_classifier(tmp_path / "odd.pth", NAME, TINY)
+        load(tmp_path / "odd.pth", NAME, **TINY)
     says(e, "odd.pth", first, "'cls.trunk.'")
     with pytest.raises(CheckpointError) as e:
         open_towers(tmp_path / "odd.pth")
@@ -455,7 +465,7 @@ def header(folder, config, state=None):
 @pytest.mark.parametrize("config", ["null", "[1]", "{no", "[" * 90000, '"a"', "3", '{"a": NaN}'])
 def test_headers_that_are_no_config(tmp_path, config):
     file = header(tmp_path, config)
-    for use in (read_config, open_classifier, open_towers):
+    for use in (read_config, load, open_towers):
         with pytest.raises(CheckpointError, match="h.safetensors"):
             use(file)
 
@@ -485,7 +495,7 @@ def test_impossible_sizes_ask_for_no_memory(tmp_path, about):
     args = TINY | about
     file = header(tmp_path, json.dumps({"model": NAME} | args), classifier().state_dict())
     with pytest.raises(CheckpointError) as e:
-        open_classifier(file)
+        load(file)
     says(e, "h.safetensors")
 
 
@@ -507,9 +517,8 @@ def test_impossible_towers(tmp_path, about):
 
 def test_build_like_gives_the_model():
     net = classifier()
-    assert open_classifier is not None and not any(
-        p.is_meta for p in build_like(VideoMAEClassifier, net.config, net.state_dict()).parameters()
-    )
+    built = build_like(VideoMAEClassifier, net.config, net.state_dict())
+    assert not any(p.is_meta for p in built.parameters())
 
 
 def test_a_label_map_is_a_list_of_rows(tmp_path):
@@ -518,7 +527,7 @@ def test_a_label_map_is_a_list_of_rows(tmp_path):
         with pytest.raises(CheckpointError):
             read_label_map(tmp_path / "map.json")
     with pytest.raises(CheckpointError, match="head.weight is missing"):
-        load_weights(classifier(), {"a": torch.ones(1)}, lambda s: finetuned_state(s, [0]))
+        load_weights(classifier(), {"a": torch.ones(1)}, lambda s: head_rows(s, [0]))
 
 
 # ---- position tables
@@ -531,7 +540,7 @@ def with_table(net, name, table, **more):
 @pytest.mark.parametrize(
     "cls, convert",
     [
-        (VideoMAEClassifier, finetuned_state),
+        (VideoMAEClassifier, as_found),
         (UMTClassifier, classifier_from_finetuned),
         (UMTClassifier, None),
     ],
@@ -564,7 +573,7 @@ def test_a_stored_formula_is_left_out(tmp_path):
     ):
         torch.save(with_table(net, "pos_embed", net.pos[None].half()), tmp_path / "formula.pth")
         fresh = type(net)(**net.config)
-        report = load_weights(fresh, tmp_path / "formula.pth", finetuned_state)
+        report = load_weights(fresh, tmp_path / "formula.pth", as_found)
         assert (
             report.dropped == ["pos_embed"] and not report.notes and "pos" not in fresh.state_dict()
         )
@@ -848,16 +857,16 @@ def test_videomae_of_transformers(tmp_path):
     torch.manual_seed(0)
     theirs = VideoMAEForVideoClassification(mae_config(num_labels=3)).eval()
     theirs.save_pretrained(tmp_path)
-    net = open_classifier(tmp_path / "model.safetensors", NAME, TINY)[0]
+    net = load(tmp_path / "model.safetensors", NAME, **TINY).model
     with torch.no_grad():
         assert_close(net(clip()), theirs(clip().transpose(1, 2)).logits, atol=1e-5, rtol=0)
     with pytest.raises(CheckpointError, match="num_attention_heads 2"):
-        open_classifier(tmp_path / "model.safetensors", NAME, TINY | dict(heads=4))
+        load(tmp_path / "model.safetensors", NAME, **TINY | dict(heads=4))
     VideoMAEForVideoClassification(mae_config(num_labels=3, hidden_act="relu")).save_pretrained(
         tmp_path
     )
     with pytest.raises(CheckpointError, match="hidden_act 'relu'"):
-        open_classifier(tmp_path / "model.safetensors", NAME, TINY)
+        load(tmp_path / "model.safetensors", NAME, **TINY)
 
 
 def test_raw_pixels_as_target_are_refused_by_name(tmp_path):

@@ -179,7 +179,7 @@ class Search(Settings):
     "Find videos by what they show."
     texts: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="TEXT …")] = field(default_factory=list)  # what to look for, each in its own quotes
     videos: list[str] = field(default_factory=list)  # files, or folders of them
-    weights: str = ""                     # file with a video and a text tower: ours, or InternVideo's multimodal one
+    weights: str = ""                     # file with a video and a text tower
     tokenizer: str | None = None          # tokenizer.json of CLIP; files of this lab carry their own
     stats: Literal["imagenet", "half", "clip"] | None = None  # mean and std of pixels; none: as the file says, or CLIP's
     index: str = "vfm_lab_index.safetensors"  # keeps the vectors of videos

@@ -57,7 +57,7 @@ class Data(Settings):
     flip: bool = True                                      # mirror half of the clips
     rand_augment: str | None = None                        # policy in timm's notation
     erase: Share = 0.0                                     # chance of random erasing
-    stats: Literal["imagenet", "half", "clip"] = "imagenet"  # mean and std: ImageNet's; 0.45 and 0.225 (UniFormerV2); CLIP's
+    stats: Literal["imagenet", "half", "clip"] = "imagenet"  # mean and std of pixels, see `inputs.STATS`
     views: Few = 1                                         # clips made of each decoded video (official name: num_sample)
     on_error: Literal["raise", "skip"] = "raise"           # what to do about a video that cannot be read
     workers: Processes = 0                                 # processes that decode, for each training process
@@ -71,7 +71,7 @@ class Schedule(Settings):
     batch: Count = 256                      # videos in one optimizer step, of all processes together
     base_lr: NotNegative = 1.5e-4           # learning rate for a batch of 256
     min_lr: NotNegative = 0.0               # where the cosine ends, for a batch of 256
-    lr_counts_views: bool = False           # each view counts as a clip of the batch (UMT), or it does not (VideoMAE V2)
+    lr_counts_views: bool = False           # each view of a video counts as a clip of the batch, or it does not
     weight_decay: NotNegative = 0.05        # of matrices and kernels
     betas: tuple[Part, Part] = (0.9, 0.95)  # AdamW
     eps: Positive = 1e-8                    # AdamW
@@ -97,7 +97,7 @@ RECIPES: dict[str, type["Recipe"]] = {}                  # command → its recip
 @dataclass
 class Recipe(Settings):
     "What all training runs have. A subclass with a `command` is found by the command line."
-    command: ClassVar[str] = ""   # words behind `vfm_lab`: "pretrain umt"
+    command: ClassVar[str] = ""   # words behind `vfm_lab`, such as "finetune"
     keep: ClassVar[str] = ""      # the part of the model whose weights are kept; "": all of it
     out: str = "runs/run"         # folder of the run: config.yaml, checkpoints, weights, curves
     seed: Seed = 0                # start of the weights, order, augmentation, masks
@@ -234,7 +234,7 @@ def write_settings(
 
 # %% ../nbs/07_config.ipynb #6834b5cc
 def recipe_file(
-    name: str | Path,  # a path, or the name of a recipe of the lab: "videomae_tiny"
+    name: str | Path,  # a path, or the name of a recipe of the lab
 ) -> Path:             # its file; a path that exists wins
     "Where a recipe lies; raises `ValueError` naming recipes with similar names."
     here = Path(vfm_lab.__file__).resolve().parent

@@ -6,7 +6,7 @@
 __all__ = ['GROUP', 'FILES', 'systems', 'plugin', 'model_class', 'list_models', 'create_model', 'Plan', 'Loaded', 'header',
            'save', 'load', 'fill']
 
-# %% ../nbs/08_hub.ipynb #b7021fdd
+# %% ../nbs/08_hub.ipynb #e59ead6e
 import difflib
 import importlib
 import importlib.util
@@ -29,7 +29,7 @@ from torch import nn
 from .files import printable, read_json, replacing, write_json
 from .inputs import InputSpec
 from .models.checkpoints import (CheckpointError, LoadReport, State, build_like,
-                                        load_weights, peel, read_config,
+                                        layout as first_keys, load_weights, peel, read_config,
                                         read_weights)
 from .models.registry import Layout, find_layout, head_rows, read_label_map
 
@@ -151,14 +151,15 @@ def _read(file: Path) -> State:
         raise CheckpointError(f"{file}: {lost[0]!r} is in none of its files ({len(lost)} are missing)")
     return state
 
-# %% ../nbs/08_hub.ipynb #9ddd6582
+# %% ../nbs/08_hub.ipynb #e90daf1c
 def _named_like(state: State, cls: type[nn.Module]) -> str:
     "The one registered name whose tensors have these shapes; raises `CheckpointError`."
     shapes = {k: v.shape for k, v in state.items() if v is not None}
     names = [n for n in list_models(cls=cls) if _shapes(n, state) == shapes]
     if len(names) == 1: return names[0]
-    what = "no registered model has" if not names else f"{' and '.join(names)} have"
-    raise CheckpointError(f"{what} tensors of these shapes: say which model it is, with its arguments")
+    what = f"{' and '.join(names)} have" if names else "no registered model has"
+    raise CheckpointError(f"{what} tensors of these shapes: say which model it is, with its "
+                          f"arguments; {first_keys(state)}")
 
 def _shapes(name: str, state: State) -> dict:
     "Shapes of a registered model with as many classes as the file has; {}: it cannot be built so."
@@ -250,7 +251,7 @@ def save(
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     with replacing(file) as draft: save_file(state, draft, {"config": json.dumps(header(loaded))})
 
-# %% ../nbs/08_hub.ipynb #2e75652e
+# %% ../nbs/08_hub.ipynb #c1c5e698
 def load(
     source: str | Path,                  # a registered name, a weight file, or a folder with one
     model: str | None = None,            # registered name, where the file does not say it
@@ -283,7 +284,9 @@ def _open(given: State, file: Path, model: str | None, layout: str | None,
     labels, seen, words = _labels(said), said.pop("input", {}), said.pop("tokenizer", None)
     plan = _plan(given, said, model, layout, rows, args)
     fresh = plan.layout.fresh if plan.layout else ()
-    net = plan.make(**plan.args) if fresh else build_like(plan.make, plan.args, plan.state)
+    try: net = plan.make(**plan.args) if fresh else build_like(plan.make, plan.args, plan.state)
+    except CheckpointError as e:
+        raise CheckpointError(str(e) if plan.layout else f"{e}; {first_keys(given)}") from None
     adapt = plan.layout.adapt if plan.layout else None
     state = adapt(plan.state, net) if adapt else plan.state
     report = load_weights(net, given, lambda _: state, fresh=fresh)

@@ -36,7 +36,7 @@ class Finetune(Recipe):
     "Supervised training of a classifier, from weights or from nothing."
     command: ClassVar[str] = "finetune"
     keep: ClassVar[str] = "model"
-    model: str = "umt_vit_base_patch16"  # a classifier
+    model: str = ""                      # a classifier
     classes: Count = 400                 # K
     init: str | None = None              # weight file to start from
     init_from: str | None = None         # what kind of file it is, a name of `registry.LAYOUTS`; none: its keys show it
@@ -106,7 +106,7 @@ class Features(Settings):
     classes: Count | None = None                 # of the head in the file; the head is not used
     window: Few = 16                             # frames in a window; the model sees as many of them as it takes, evenly spaced
     stride: Count = 4                            # frames from one window to the next
-    preprocess: Literal["eval", "detection"] = "eval"  # as in training; or as VideoMAE V2's detection script: squeezed, no mean and std
+    preprocess: Literal["eval", "detection"] = "eval"  # as in training; or squeezed to a square, without mean and std
     batch: Count = 8                             # windows at a time
     precision: Literal["no", "bf16"] = "no"      # 32 bits, or autocast
     stats: Literal["imagenet", "half", "clip"] | None = None  # mean and std of pixels; none: as the file says

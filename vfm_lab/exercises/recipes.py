@@ -12,7 +12,8 @@ from copy import deepcopy
 # %% ../../nbs/solutions/recipes.ipynb #0f2de1dc
 def check_same_rate(answer: Callable) -> None:
     "`answer(base_lr, views)` is the base rate that needs no counting of views."
-    from vfm_lab.recipes import Data, Recipe, Schedule, train_config
+    from vfm_lab.config import Data, Recipe, Schedule
+    from vfm_lab.recipes import train_config
     for base, views in ((2e-4, 2), (1.5e-4, 1), (1e-3, 4)):
         counted = Recipe(data=Data(views=views), schedule=Schedule(base_lr=base, batch=512, lr_counts_views=True))
         plain = Recipe(data=Data(views=views), schedule=Schedule(base_lr=answer(base, views), batch=512))

@@ -43,9 +43,9 @@ class Layout:
 
 LAYOUTS: dict[str, Layout] = {}   # name → layout
 
-# %% ../../nbs/models/05_registry.ipynb #406f2932
+# %% ../../nbs/models/05_registry.ipynb #45f86ebe
 def layout(
-    name: str,                      # such as "videomae_pretrained"
+    name: str,                      # such as "clip_openai"
     model: type[nn.Module],         # the class that it fills
     has: Iterable[str],             # patterns, see `Layout`
     **more,                         # other fields of `Layout`

@@ -37,7 +37,7 @@ def squeeze(
     frames: Tensor,  # uint8 (T, H, W, 3)
     size: int,       # pixels
 ) -> Tensor:         # float (3, T, size, size) in [0, 1], not normalised
-    "What VideoMAE V2's detection script feeds: the whole frame resized to a square, and no statistics."
+    "What scripts for action detection feed: the whole frame resized to a square, and no statistics."
     clip = to_clip(frames).transpose(0, 1)   # (T, 3, H, W)
     return F.interpolate(clip, size=(size, size), mode="bilinear", align_corners=False).transpose(0, 1)
 
@@ -72,7 +72,7 @@ def extract_features(
     stride: int = 4,                     # frames from one window to the next
     frames: int | None = None,           # frames of a window that the model sees, T; None: all
     size: int = 224,                     # pixels
-    preprocess: str = "eval",            # "eval": as in training; "detection": as VideoMAE V2's script for action detection
+    preprocess: str = "eval",            # "eval": as in training; "detection": see `squeeze`
     stats: str = "imagenet",             # statistics of "eval": those that the model was trained with
     batch: int = 8,                      # windows at a time
     device: torch.device | str = "cpu",  # where `encode` works
