@@ -703,8 +703,11 @@ def test_features_are_made_as_the_weights_say(tmp_path, monkeypatch, capsys):
     net, how, _ = open_classifier(file)
     assert how.stats == "clip"
 
+    def encode(clip):
+        return net.forward_head(net.forward_features(clip), pre_logits=True)
+
     def right(stats):
-        return extract_features(net.pool, video, window=4, frames=4, size=32, stats=stats)[
+        return extract_features(encode, video, window=4, frames=4, size=32, stats=stats)[
             "features"
         ]
 

@@ -768,10 +768,11 @@ def _extracted(
     model.to(device).eval()
     options = dict(window=recipe.window, stride=recipe.stride, frames=how.frames, size=how.size,
                    preprocess=recipe.preprocess, stats=how.stats, batch=recipe.batch, device=device)
+    def encode(clip): return model.forward_head(model.forward_features(clip), pre_logits=True)
     for path in paths:
         try:
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                one = extract_features(model.pool, path, **options)
+                one = extract_features(encode, path, **options)
         except (VideoReadError, OSError) as e:
             if len(paths) == 1: raise
             print(f"vfm_lab: {printable(str(e))}", file=sys.stderr)

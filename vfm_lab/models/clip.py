@@ -303,7 +303,7 @@ class CLIPText(TextTower):
 # %% ../../nbs/models/10_clip.ipynb #089d1d5e
 class CLIP(VideoEncoder):
     "Two towers, one space."
-    inner = ("vision", "text")
+    encoders = ("vision", "text")
 
     def __init__(
         self,

@@ -162,7 +162,7 @@ def behind_end(
 # %% ../../nbs/models/50_internvideo.ipynb #4862d1d2
 class VideoText(VideoEncoder):
     "InternVideo's multimodal tower: UniFormerV2 for clips and images, CLIP's text tower, and a decoder that writes captions (§3)."
-    inner, stats = ("vision", "text"), "clip"
+    encoders, stats = ("vision", "text"), "clip"
 
     def __init__(
         self,
@@ -373,7 +373,7 @@ def _read(tower: nn.Module, clip: Tensor) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/models/50_internvideo.ipynb #5bd9605f
 class CoupledTowers(VideoEncoder):
     "Two frozen classifiers that read each other, and a learned sum of their scores (after InternVideo §3; no official code exists)."
-    inner = ("towers.masked", "towers.multi")
+    encoders = ("towers.masked", "towers.multi")
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ class ProjectionHead(nn.Module):
 # %% ../../nbs/models/20_umt.ipynb #00a44896
 class UMTStudent(VideoEncoder):
     "The network UMT trains: a video ViT on visible tokens, and one projection head for each aligned layer."
-    inner = ("encoder",)
+    encoders = ("encoder",)
     computed = ("encoder.pos",)   # it is added a second time, and there UMT has no learned one
 
     def __init__(
@@ -119,7 +119,7 @@ def check_visible(
 # %% ../../nbs/models/20_umt.ipynb #d65cc174
 class UMT(VideoEncoder):
     "Stage 1: the frozen teacher looks, a mask is sampled from its attention, the student repeats the teacher where it can see."
-    inner = ("student",)
+    encoders = ("student",)
 
     def __init__(
         self,
@@ -133,7 +133,6 @@ class UMT(VideoEncoder):
         super().__init__()
         if masking not in MASKING: raise ValueError(f"masking is one of {', '.join(MASKING)}; got {masking!r}")
         check_visible(student.encoder.grid, mask_ratio)
-        last_layers(len(teacher.blocks), student.layers, teacher_interval)
         self.student, self.teacher = student, teacher.requires_grad_(False).eval()
         self.mask_ratio, self.masking, self.loss = mask_ratio, masking, loss
         self.teacher_interval = teacher_interval

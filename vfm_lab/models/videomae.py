@@ -62,7 +62,7 @@ class PixelDecoder(nn.Module):
 # %% ../../nbs/models/30_videomae.ipynb #53a1f68c
 class MaskedAutoencoder(VideoEncoder, FixedPositions):
     "The network of VideoMAE: an encoder for visible tokens, a decoder that writes pixels of others (VideoMAE §3)."
-    inner, sampling = ("encoder",), "dense"
+    encoders, sampling = ("encoder",), "dense"
 
     def __init__(
         self,

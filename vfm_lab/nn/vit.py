@@ -43,7 +43,7 @@ UNDECAYED = ("_token", "pos_embed", "mask_embed", "pos", "scale", "balance")   #
 # %% ../../nbs/nn/20_vit.ipynb #ac3e56cb
 class Encoder(nn.Module):
     "What every encoder of clips offers, under timm's names; subclasses add the forward passes."
-    inner: tuple[str, ...] = () # submodules that are towers, first that of clips; (): the model itself
+    encoders: tuple[str, ...] = () # submodules that are towers, first that of clips; (): the model itself
     num_classes = 0             # rows of the head
     num_prefix_tokens = 0       # tokens in front that are no patches
     grad_checkpointing = False
@@ -51,7 +51,7 @@ class Encoder(nn.Module):
     @property
     def num_features(self) -> int:  # D
         "Width of the tokens."
-        return self.get_submodule(self.inner[0]).num_features if self.inner else self.dim
+        return self.get_submodule(self.encoders[0]).num_features if self.encoders else self.dim
 
     def set_grad_checkpointing(
         self,
@@ -68,7 +68,7 @@ class Encoder(nn.Module):
 
     def layer_groups(self) -> list[list[str]]:  # names of all parameters, each once
         "Stem, then one group for each block, then the rest: for learning rates that fall with depth."
-        if self.inner: return inner_groups(self, *self.inner)
+        if self.encoders: return inner_groups(self, *self.encoders)
         parts = [name for name, _ in self.named_children()]
         stem = parts[:parts.index("blocks")]
         groups = [[] for _ in range(len(self.blocks) + 2)]
@@ -87,7 +87,7 @@ class VideoEncoder(Encoder):
     @property
     def input_spec(self) -> InputSpec:
         "Frames, pixels, colour statistics and sampling of the clips that this very model reads."
-        if self.inner: return self.get_submodule(self.inner[0]).input_spec
+        if self.encoders: return self.get_submodule(self.encoders[0]).input_spec
         embed = self.patch_embed
         return InputSpec(self.grid[0] * embed.tubelet, self.grid[1] * embed.patch,
                          self.stats, self.sampling, self.stride)
@@ -96,7 +96,7 @@ class VideoEncoder(Encoder):
     def default_cfg(self) -> dict:
         "The same under timm's names."
         spec, (mean, std) = self.input_spec, STATS[self.input_spec.stats]
-        inner = f"{self.inner[0]}." if self.inner else ""
+        inner = f"{self.encoders[0]}." if self.encoders else ""
         return dict(
             url="", num_classes=self.num_classes, input_size=(3, spec.frames, spec.size, spec.size),
             pool_size=None, fixed_input_size=True, crop_pct=1.0, interpolation="bicubic",

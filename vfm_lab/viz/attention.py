@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..models.clip import CLIP, CLIPVision
+from ..models.clip import CLIP, CLIPVision, resize_frames
 from ..models.umt import UMT, UMTStudent
 from ..nn.attention import Attention, attention_row
 from ..tokens.patching import token_grid
@@ -72,12 +72,12 @@ def record_attention(
     modes, hooks = {m: m.training for m in model.modules()}, [m.register_forward_pre_hook(keep) for m in layers]
     try:
         clip = clip.detach()[None].to(next(model.parameters()))
-        with torch.no_grad(): model.eval().teach(clip, 1) if isinstance(model, CLIPVision) else model.eval()(clip)
+        if isinstance(model, CLIPVision): clip = resize_frames(clip, model.image_size)
+        with torch.no_grad(): model.eval()(clip)
     finally:
         for hook in hooks: hook.remove()
         for m, training in modes.items(): m.training = training
-    size = (model.image_size,) * 2 if isinstance(model, CLIPVision) else clip.shape[3:]
-    return AttentionRecord(q, k, token_grid(clip.shape[2], size, model.patch_embed.patch, model.patch_embed.tubelet))
+    return AttentionRecord(q, k, token_grid(clip.shape[2], clip.shape[3:], model.patch_embed.patch, model.patch_embed.tubelet))
 
 # %% ../../nbs/viz/10_attention.ipynb #a841b247
 def _matrix(q: Tensor, k: Tensor) -> Tensor:
