@@ -32,7 +32,6 @@ CAPTIONS = dict(vocab=20, dim=48, kv_dim=48, depth=1, heads=2, head_dim=16, quer
 IDS = torch.tensor([[1, 5, 19, 0], [1, 3, 4, 19]])
 
 
-def last(layer, x, n): return layer.merge(*layer.split(x, queries=n))
 def seeded(seed=0): return torch.Generator().manual_seed(seed)
 def clips(frames=4, batch=2): return torch.randn(batch, 3, frames, 32, 32, generator=seeded(7))
 def hidden(): return tube_mask(2, (4, 4, 4), 0.5, generator=seeded(3))
@@ -122,7 +121,7 @@ def test_a_hook_on_every_layer_fires_once_and_the_answer_stays(name):
 def test_every_kind_of_hook_counts(kind):
     torch.manual_seed(0)
     chosen = torch.tensor([[0, 3], [1, 2]])
-    for layer, name, call in ((Attention(48, 3), "qkv", lambda m, x: last(m, x, 2)),
+    for layer, name, call in ((Attention(48, 3), "qkv", lambda m, x: m(x, queries=2)),
                               (CrossAttention(48, 3), "kv", lambda m, x: m(x[:, :1], x)),
                               (TubeletEmbed(48, 8), "proj", lambda m, x: m(clips(), chosen))):
         inner, fired = getattr(layer, name), []
@@ -205,7 +204,7 @@ def test_plain_attention_is_the_formula_to_the_last_bit(bias):
     assert torch.equal(layer(x), F.linear(y, layer.proj.weight, layer.proj.bias))
     last = F.linear(x[:, -2:], layer.qkv.weight[:48], None if b is None else b[:48])
     y = F.scaled_dot_product_attention(last.view(2, 2, 3, 16).transpose(1, 2), k, v)
-    assert near(last(layer, x, 2), layer.proj(y.transpose(1, 2).flatten(2)))
+    assert near(layer(x, queries=2), layer.proj(y.transpose(1, 2).flatten(2)))
 
 
 def test_plain_patches_are_the_matrix_product_to_the_last_bit():
@@ -225,12 +224,12 @@ def flops(call):
 def test_a_plain_layer_still_saves_what_nobody_asks_for():
     x, D = torch.randn(1, 100, 48), 48
     attention, cross, embed = Attention(48, 3), CrossAttention(48, 3), TubeletEmbed(48, 8)
-    asked = flops(lambda: last(attention, x, 4))                # the fused kernel counts 0
+    asked = flops(lambda: attention(x, queries=4))                # the fused kernel counts 0
     assert asked == 2 * (4 + 2 * 100 + 4) * D * D                          # q; k, v; proj
     assert flops(lambda: cross(x[:, :1], x)) == 2 * 4 * D * D       # q, W_k q, W_v mean, proj
     assert flops(lambda: embed(clips(), torch.zeros(2, 5, dtype=torch.long))) == 2 * 2 * 5 * D * 192
     attention.qkv.register_forward_hook(lambda *_: None)
-    assert flops(lambda: last(attention, x, 4)) == 2 * (3 * 100 + 4) * D * D
+    assert flops(lambda: attention(x, queries=4)) == 2 * (3 * 100 + 4) * D * D
 
 
 def test_half_precision_and_autocast_work_on_the_called_road():
@@ -371,9 +370,9 @@ def test_pretraining_and_towers_refuse_them_too():
 def test_cosine_attention_on_the_called_road():
     torch.manual_seed(0)
     layer, x = CosineAttention(48, 3), torch.randn(2, 6, 48)
-    wanted = last(layer, x, 2), layer(x)
+    wanted = layer(x, queries=2), layer(x)
     layer.qkv.register_forward_pre_hook(lambda *_: None)
-    assert near(last(layer, x, 2), wanted[0]) and near(layer(x), wanted[1])
+    assert near(layer(x, queries=2), wanted[0]) and near(layer(x), wanted[1])
 
 
 @pytest.mark.parametrize("name", ["umt", "videomae", "uniformerv2", "clip vision", "clip text"])

@@ -14,7 +14,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import Attention, CosineAttention, attention_row
+from .attention import Attention, CosineAttention
 
 # %% ../../nbs/nn/10_blocks.ipynb #bb8eee6b
 class QuickGELU(nn.Module):
@@ -113,9 +113,8 @@ class Block(nn.Module):
         row: int = 0,           # which query token; 0 is the class token
     ) -> tuple[Tensor, Tensor]:  # (B, …, N, D), and weights (B·…, heads, N)
         "First half, and the attention of one token, see `attention_row`."
-        q, k, v = self.attn.split(self.norm1(x))
-        y = self.attn.merge(q, k, v).reshape(x.shape)
-        return self.add(x, y, self.gamma_1), attention_row(q, k, row)
+        y, weights = self.attn(self.norm1(x), row=row)
+        return self.add(x, y, self.gamma_1), weights
 
     def feed(
         self,
@@ -144,8 +143,8 @@ class LastBlock(Block):
     ) -> Tensor:               # (B, n, D)
         "Attend and feed for the last n tokens."
         if n is None: return super().forward(x)
-        q, k, v = self.attn.split(self.norm1(x), queries=n)
-        return self.feed(self.add(x[:, -n:], self.attn.merge(q, k, v), self.gamma_1))
+        y = self.attn(self.norm1(x), queries=n)
+        return self.feed(self.add(x[:, -n:], y, self.gamma_1))
 
 # %% ../../nbs/nn/10_blocks.ipynb #da15740d
 def take_indices(
