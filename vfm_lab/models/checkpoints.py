@@ -553,6 +553,7 @@ def registered(
     cls: type[nn.Module],  # the model's class
     frames: int,           # T it was made for
     args: dict,            # what timm passed on
+    /,
     **defaults,            # arguments of the class that `args` may replace
 ) -> nn.Module:            # with timm's `default_cfg`
     "Build a model for a registered name; raises `ValueError` for `pretrained=True`."

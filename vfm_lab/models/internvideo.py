@@ -312,7 +312,7 @@ def tiny_video_text(
     "A multimodal tower that starts from the tiny CLIP and knows the words of the synthetic captions: 64-pixel clips, ImageNet statistics."
     clip = tiny_clip()
     vision, text = dict(clip.vision.config), dict(clip.text.config)
-    vision.pop("out_dim")
+    for name in ("out_dim", "tubelet"): vision.pop(name, None)
     known = text["vocab"]
     text["vocab"] = len(caption_words())
     decoder = dict(vocab=text["vocab"], dim=text["dim"], kv_dim=vision["dim"], depth=2, heads=4, head_dim=16, queries=8) if captions else None

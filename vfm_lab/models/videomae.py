@@ -91,7 +91,7 @@ class MaskedAutoencoder(VideoEncoder, FixedPositions):
         self.encoder_to_decoder = nn.Linear(self.encoder.dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.fix_positions(self.encoder.grid, decoder_dim)   # `pos`, in no checkpoint
-        init_weights(self.encoder_to_decoder), nn.init.trunc_normal_(self.mask_token, std=0.02)
+        init_weights(self.encoder_to_decoder), nn.init.normal_(self.mask_token, std=0.02)
 
     @property
     def input_spec(self) -> InputSpec:
