@@ -21,7 +21,7 @@ from ..inputs import InputSpec
 from ..lab import asset
 from .checkpoints import LAST, CheckpointError, State, layout, load_weights, peel
 from .checkpoints import read_config, rename
-from ..nn.blocks import Block, activation, run_blocks, take_indices
+from ..nn.blocks import ACTIVATIONS, Block, activation, run_blocks, take_indices
 from ..nn.vit import BlockTower, Encoder, VideoEncoder
 from ..objectives.contrastive import contrastive_loss
 from ..tokens.patching import TubeletEmbed, gather_tokens
@@ -31,7 +31,8 @@ from ..tokens.positions import resize_positions
 ASSUMED = {"quick_gelu": "no file beside the weights names their activation: QuickGELU is assumed, "
                          "as OpenAI's have it; towers of LAION need act='gelu'",
            "gelu": "no file beside the weights names their activation: exact GELU is assumed",
-           "gelu_tanh": "no file beside the weights names their activation: GELU with tanh is assumed"}
+           **{name: f"no file beside the weights names their activation: {name} is assumed"
+              for name in ACTIVATIONS if name.startswith("gelu_")}}
 
 # %% ../../nbs/models/10_clip.ipynb #4f83821f
 def resize_frames(
@@ -54,6 +55,7 @@ def class_first(
 class FrameTower(BlockTower):
     "An image transformer that reads each frame of a clip alone; class token first, learned positions."
     stats = "clip"
+    num_prefix_tokens = 1   # of an image; a clip has as many as frames
 
     def __init__(
         self,
@@ -111,14 +113,14 @@ def last_layers(
     "Every so-manieth block, counted from the last; raises `ValueError` if there are not so many."
     wanted = [depth - 1 - int(i * interval) for i in range(layers)]
     if layers >= 1 and len({*wanted}) == layers and min(wanted) >= 0: return wanted[::-1]
-    raise ValueError(f"this tower has {depth} blocks; {layers} layers, one every {interval} blocks, "
-                     "were asked for")
+    raise ValueError(f"this tower has {depth} blocks; {layers} layers, one every {interval} "
+                     "blocks, were asked for")
 
 class TeacherTower(FrameTower):
     "A frame tower that teaches: what it says about each token, and where its class token looks."
     def teacher_states(
         self,
-        clip: Tensor,           # (B, 3, T, H, W); resized bicubically if its size is not the tower's
+        clip: Tensor,           # (B, 3, T, H, W); resized bicubically to the tower's size
         layers: int = 6,        # K
         interval: float = 1.0,  # see `last_layers`
     ) -> tuple[list[Tensor], Tensor]:  # K states (B, T', 1+S, D); attention (B, T', S)
@@ -142,10 +144,10 @@ class TeacherTower(FrameTower):
 
     def teacher_features(
         self,
-        clip: Tensor,           # (B, 3, T, H, W); resized bicubically if its size is not the tower's
+        clip: Tensor,           # (B, 3, T, H, W); resized bicubically to the tower's size
         layers: int = 6,        # K
         interval: float = 1.0,  # see `last_layers`
-    ) -> tuple[Tensor, Tensor]: # block outputs (K, B, T'·S, D), shallowest first; attention (B, T', S)
+    ) -> tuple[Tensor, Tensor]: # outputs (K, B, T'·S, D), shallowest first; attention (B, T', S)
         "What the tower gives as a teacher, without the class tokens."
         states, attention = self.teacher_states(clip, layers, interval)
         every = torch.arange(attention[0].numel(), device=clip.device).expand(clip.shape[0], -1)
@@ -248,7 +250,7 @@ class TextTower(Encoder):
     def encode(
         self,
         x: Tensor,                             # (B, L, D) of `embed`
-        attention_mask: Tensor | None = None,  # (B, L); only features behind the end token change with it
+        attention_mask: Tensor | None = None,  # (B, L); changes what stands behind the end token
     ) -> Tensor:                               # (B, L, D)
         "Features of the words."
         return self.forward_intermediates(x, attention_mask, [])[0]

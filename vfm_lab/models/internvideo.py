@@ -98,10 +98,12 @@ class ParallelBlock(nn.Module):
         heads: int,              # heads of the queries
         head_dim: int,           # width of one head
         mlp_ratio: float = 4.0,  # inner width of the MLP over D
+        eps: float = 1e-5,       # of the norm
     ):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, bias=False)
-        self.attn, self.mlp = MultiQueryAttention(dim, heads, head_dim), GatedMlp(dim, int(dim * mlp_ratio + 1e-6))
+        self.norm = nn.LayerNorm(dim, eps=eps, bias=False)
+        self.attn = MultiQueryAttention(dim, heads, head_dim)
+        self.mlp = GatedMlp(dim, int(dim * mlp_ratio + 1e-6))
 
     def forward(
         self,
@@ -125,14 +127,18 @@ class CaptionDecoder(nn.Module):
         head_dim: int = 64,      # width of one head
         queries: int = 256,      # tokens Q of the summary
         mlp_ratio: float = 4.0,  # inner width of the MLPs over D
+        eps: float = 1e-5,       # of all LayerNorms
     ):
         super().__init__()
+        def norm(width, **more): return nn.LayerNorm(width, eps=eps, **more)
+        def block(): return ParallelBlock(dim, heads, head_dim, mlp_ratio, eps)
         self.query_token = nn.Parameter(torch.randn(queries, dim))
-        self.query_norm, self.video_norm = nn.LayerNorm(dim, bias=False), nn.LayerNorm(kv_dim, bias=False)
-        self.pool, self.pool_norm, self.text_norm = MultiQueryAttention(dim, heads, head_dim, kv_dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        pair = lambda: nn.ModuleList(ParallelBlock(dim, heads, head_dim, mlp_ratio) for _ in range(2))
-        self.layers = nn.ModuleList(pair() for _ in range(depth))
-        self.predictor = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim), nn.Linear(dim, vocab))
+        self.query_norm, self.video_norm = norm(dim, bias=False), norm(kv_dim, bias=False)
+        self.pool = MultiQueryAttention(dim, heads, head_dim, kv_dim)
+        self.pool_norm, self.text_norm = norm(dim), norm(dim)
+        self.layers = nn.ModuleList(nn.ModuleList([block(), block()]) for _ in range(depth))
+        self.predictor = nn.Sequential(norm(dim), nn.Linear(dim, dim), nn.GELU(), norm(dim),
+                                       nn.Linear(dim, vocab))
 
     def summarize(
         self,
@@ -170,13 +176,16 @@ class VideoText(VideoEncoder):
         text: dict,                   # arguments of `CLIPText`; its `out_dim` is the width E of the shared space
         decoder: dict | None = None,  # arguments of `CaptionDecoder`; None: no captions
         caption_weight: float = 1.0,  # of the captioning loss
+        eps: float = 1e-5,            # of the norm behind the video tower
     ):
         super().__init__()
-        self.config = dict(vision=vision, text=text, decoder=decoder, caption_weight=caption_weight)
+        self.config = dict(vision=vision, text=text, decoder=decoder,
+                           caption_weight=caption_weight, eps=eps)
         self.vision, self.text = UniFormerV2(**{**vision, "num_classes": 0}), CLIPText(**text)
         self.decoder, self.caption_weight = CaptionDecoder(**decoder) if decoder else None, caption_weight
         dim = self.vision.pos_embed.shape[1]
-        self.norm, self.proj = nn.LayerNorm(dim), nn.Parameter(dim ** -0.5 * torch.randn(dim, self.text.config["out_dim"]))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.proj = nn.Parameter(dim ** -0.5 * torch.randn(dim, self.text.config["out_dim"]))
         self.mask_embed = nn.Parameter(0.02 * torch.randn(self.text.config["dim"]))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
@@ -195,9 +204,17 @@ class VideoText(VideoEncoder):
         clip: Tensor,  # (B, 3, T, H, W); T = 1 is an image
     ) -> tuple[Tensor, Tensor]:  # embedding (B, E), not normalised; tokens of the last block (B, T·(1+S), D)
         "Encode clips; class tokens of the frames stand in front."
-        x = self.vision.forward_features(clip)
-        feature = self.vision.forward_head(x, pre_logits=True)
-        return self.norm(feature) @ self.proj, x[:, int(self.vision.fusion is not None):]
+        x = self.forward_features(clip)
+        return self.forward_head(x), x[:, int(self.vision.fusion is not None):]
+
+    def forward_head(
+        self,
+        x: Tensor,                 # of `forward_features`
+        pre_logits: bool = False,  # stop before the projection
+    ) -> Tensor:                   # (B, E), not normalised, or (B, D)
+        "Feature of the clip, norm, projection."
+        x = self.norm(self.vision.forward_head(x, pre_logits=True))
+        return x if pre_logits else x @ self.proj
 
     def forward_text(
         self,
@@ -206,8 +223,9 @@ class VideoText(VideoEncoder):
     ) -> tuple[Tensor, Tensor]:        # embedding (B, E), not normalised; features of the words (B, L, D)
         "Encode texts: the end token, which has the largest id, speaks for all."
         x = self.text.embed(ids)
-        blank = self.mask_embed + self.text.pos_embed[:ids.shape[1]]
-        if hidden is not None: x = torch.where(hidden[..., None], blank, x)
+        if hidden is not None:
+            blank = self.mask_embed + self.text.pos_embed[:ids.shape[1]]
+            x = torch.where(hidden[..., None], blank, x)
         x = self.text.encode(x)
         return self.text.pool(x, ids), x
 
@@ -245,10 +263,12 @@ class VideoText(VideoEncoder):
         batch: dict,         # "clip" (B, 3, T, H, W), "ids" long (B, L), and maybe "idx" (B,), equal for captions that say the same
     ) -> dict[str, Tensor]:  # "loss", and its parts "contrastive" and "caption"
         "Loss of a batch of clips (or of images) and their captions."
-        (video, tokens), (text, words) = self.forward_video(batch["clip"]), self.forward_text(batch["ids"])
+        video, tokens = self.forward_video(batch["clip"])
+        text, words = self.forward_text(batch["ids"])
         align = contrastive_loss(video, text, self.scale, batch.get("idx"))
         if self.decoder is None: return {"loss": align, "contrastive": align.detach()}
-        write = caption_loss(self.decoder(words[:, :-1], self.decoder.summarize(tokens)), batch["ids"], behind_end(batch["ids"]))
+        scores = self.decoder(words[:, :-1], self.decoder.summarize(tokens))
+        write = caption_loss(scores, batch["ids"], behind_end(batch["ids"]))
         return {"loss": align + self.caption_weight * write, "contrastive": align.detach(), "caption": write.detach()}
 
     @torch.no_grad()
@@ -259,7 +279,8 @@ class VideoText(VideoEncoder):
     ) -> Tensor:       # long (B, L), 0 behind the end token
         "Write the likeliest word, again and again, until all captions have ended or are as long as the tower's context; raises `ValueError` without a decoder."
         if self.decoder is None: raise ValueError("this tower was built without a caption decoder")
-        seen, end = self.decoder.summarize(self.forward_video(clip)[1]), self.text.config["vocab"] - 1
+        seen = self.decoder.summarize(self.forward_video(clip)[1])
+        end = self.text.config["vocab"] - 1
         ids = torch.full((len(clip), 1), start, device=clip.device)
         while ids.shape[1] < self.text.config["context"] and not (done := (ids == end).any(1)).all():
             word = self.decoder(self.forward_text(ids)[1], seen)[:, -1].argmax(1)
@@ -366,7 +387,7 @@ def after_blocks(
 OTHER = {"masked": "multi", "multi": "masked"}
 
 def _read(tower: nn.Module, clip: Tensor) -> tuple[Tensor, Tensor]:
-    "What a classifier scores (B, D), before its norm; and its last tokens (B, N, D), without an answer in front."
+    "What a classifier scores (B, D), before its norm; its last tokens (B, N, D) without an answer."
     x = tower.forward_features(clip)
     return tower.pool_tokens(x), x[:, int(getattr(tower, "fusion", None) is not None):]
 
@@ -453,9 +474,10 @@ def _vision_sizes(state: State, heads: int | None) -> dict:
 def _text_sizes(state: State, heads: int | None) -> dict:
     "Of the text tower."
     (vocab, W), (context, _), (_, E) = (
-        state[f"clip.{k}"].shape for k in ("token_embedding.weight", "positional_embedding", "text_projection"))
-    return dict(vocab=vocab, context=context, dim=W, depth=_count(state, "clip.transformer.resblocks."),
-                heads=heads or W // 64, out_dim=E,
+        state[f"clip.{k}"].shape
+        for k in ("token_embedding.weight", "positional_embedding", "text_projection"))
+    return dict(vocab=vocab, context=context, dim=W, heads=heads or W // 64, out_dim=E,
+                depth=_count(state, "clip.transformer.resblocks."),
                 mlp_ratio=_ratio(state, "clip.transformer.resblocks.0.mlp.c_fc.weight"))
 
 # %% ../../nbs/models/50_internvideo.ipynb #d5437e9e

@@ -99,7 +99,7 @@ class UMTStudent(VideoEncoder):
         self,
         clip: Tensor,                   # (B, 3, T, H, W)
         mask: Tensor | None = None,     # bool (B, N), True = hidden
-        visible: Tensor | None = None,  # long (B, n) visible tokens, if known; None: looked up in the mask
+        visible: Tensor | None = None,  # long (B, n) visible tokens, if known; None: from the mask
     ) -> Tensor:                        # (K, B, n, teacher_dim) unit vectors
         "Encode the visible tokens and project the aligned layers."
         if visible is None: visible = visible_indices(mask)
@@ -128,10 +128,11 @@ class UMT(VideoEncoder):
         mask_ratio: float = 0.8,       # share of hidden tokens
         masking: str = "attention",    # a name in `MASKING`
         loss: str = "l2",              # see `uta_loss`
-        teacher_interval: float = 1.0, # blocks from one aligned layer to the next, see `last_layers`
+        teacher_interval: float = 1.0, # of the aligned layers, see `last_layers`
     ):
         super().__init__()
-        if masking not in MASKING: raise ValueError(f"masking is one of {', '.join(MASKING)}; got {masking!r}")
+        if masking not in MASKING:
+            raise ValueError(f"masking is one of {', '.join(MASKING)}; got {masking!r}")
         check_visible(student.encoder.grid, mask_ratio)
         self.student, self.teacher = student, teacher.requires_grad_(False).eval()
         self.mask_ratio, self.masking, self.loss = mask_ratio, masking, loss
@@ -154,12 +155,14 @@ class UMT(VideoEncoder):
         "Loss of one batch: teacher, mask, student, alignment."
         clip, student = batch["clip"], self.student
         with torch.no_grad():
-            states, attention = self.teacher.teacher_states(clip, student.layers, self.teacher_interval)
+            asked = student.layers, self.teacher_interval
+            states, attention = self.teacher.teacher_states(clip, *asked)
             mask = MASKING[self.masking](attention, self.mask_ratio, clip_generators(batch))
             visible = visible_indices(mask, self.visible)
             target = teacher_target(self.teacher, states, visible, student.normalize)
         z = student(clip, visible=visible)
-        cosine = F.cosine_similarity(z, target, dim=-1) if not student.normalize else (z * target).sum(-1)
+        unit = student.normalize
+        cosine = (z * target).sum(-1) if unit else F.cosine_similarity(z, target, dim=-1)
         return {"loss": uta_loss(z, target, self.loss), "cosine": cosine.mean().detach()}
 
 # %% ../../nbs/models/20_umt.ipynb #452d1aba
@@ -169,7 +172,7 @@ def teacher_target(
     visible: Tensor,          # long (B, n) visible tokens
     normalize: bool = True,   # unit length at the end
 ) -> Tensor:                  # (K, B, n, out_dim)
-    "The teacher's features at the visible tokens; the hidden ones are spared the last MLP and the projection."
+    "The teacher's features at visible tokens; hidden ones are spared last MLP and projection."
     z = teacher.project(teacher.finish_tokens(states, visible))
     return F.normalize(z, dim=-1) if normalize else z
 
@@ -179,7 +182,7 @@ class UMTClassifier(VideoClassifier):
     def __init__(
         self,
         num_classes: int = 400, # 0: pooled features
-        base_grid: Grid | None = None,  # (t, h, w) of the table; None: 8×14×14, for patches of 14 pixels 8×16×16
+        base_grid: Grid | None = None,  # (t, h, w) of the table; None: 8×14×14, or 8×16×16 for patch 14
         **vit,                  # arguments of `VideoClassifier`
     ):
         super().__init__(num_classes, **vit)

@@ -25,7 +25,7 @@ from .clip import vision_from_openai, vision_from_timm
 from .videomae import head_rows
 from ..nn.attention import CrossAttention
 from ..nn.blocks import Block, Mlp, QuickGELU, activation
-from ..tokens.patching import check_clip, token_grid
+from ..tokens.patching import Grid, check_clip, token_grid
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #a9660d14
 class LocalBlock(nn.Module):
@@ -97,7 +97,8 @@ class GlobalBlock(nn.Module):
         self.norm1, self.norm_kv = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.attn = CrossAttention(dim, heads)
-        self.mlp = Mlp(dim, round(dim * mlp_ratio), lambda: nn.Sequential(QuickGELU(), nn.Dropout(drop)))
+        def gelu(): return nn.Sequential(QuickGELU(), nn.Dropout(drop))
+        self.mlp = Mlp(dim, round(dim * mlp_ratio), gelu)
         self.drop_path = DropPath(drop_path)
         bound = (6 / (4 * dim)) ** 0.5                                                                 # Xavier of the packed (3D, D) matrix
         for m in (self.attn.q, self.attn.kv): nn.init.uniform_(m.weight, -bound, bound)
@@ -178,7 +179,10 @@ class ParallelFusion(Fusion):
         layers: list[Tensor],  # see `SequentialFusion`
     ) -> Tensor:               # (B, D)
         "Feature of the clip."
-        return self.join(torch.cat([block(self.expand_query(i, x), x) for i, (block, x) in enumerate(zip(self.layers, layers))], 2))[:, 0]
+        answers = []
+        for i, (block, x) in enumerate(zip(self.layers, layers)):
+            answers.append(block(self.expand_query(i, x), x))
+        return self.join(torch.cat(answers, 2))[:, 0]
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #d0f7d036
 class HierarchicalKV(Fusion):
@@ -189,7 +193,8 @@ class HierarchicalKV(Fusion):
     ) -> Tensor:               # (B, D)
         "Feature of the clip."
         x = None
-        for i, (block, tokens) in enumerate(zip(self.layers, layers)): x = block(self.expand_query(i, tokens), tokens, x)
+        for i, (block, tokens) in enumerate(zip(self.layers, layers)):
+            x = block(self.expand_query(i, tokens), tokens, x)
         return x[:, 0]
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #6289ef15
@@ -225,13 +230,22 @@ class TemporalPatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, dim, (kernel, patch, patch), (2, patch, patch),
                               ((kernel - 1) // 2, 0, 0), bias=False)
 
+    def grid(
+        self,
+        clip: Tensor,  # (B, 3, T, H, W)
+    ) -> Grid:         # (t, h, w), an odd last frame counts
+        "Token grid of a clip; raises `ValueError` for what is no batch of whole patches."
+        check_clip(clip)
+        frames, h, w = token_grid(clip.shape[2], clip.shape[3:], self.patch)
+        kernel, padding = self.proj.kernel_size[0], self.proj.padding[0]
+        return (frames + 2 * padding - kernel) // 2 + 1, h, w
+
     def forward(
         self,
         clip: Tensor,  # (B, 3, T, H, W)
     ) -> Tensor:       # (B, N, D), N in raster order (t, h, w)
-        "Embed every second frame; raises `ValueError` for what is no batch of whole patches."
-        check_clip(clip)
-        token_grid(clip.shape[2], clip.shape[3:], self.patch)
+        "Embed every second frame; raises `ValueError` as `grid` does."
+        self.grid(clip)
         return self.proj(clip).flatten(2).transpose(1, 2)
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #676da49e
@@ -247,7 +261,8 @@ class ArmedTower(FrameTower):
     @property
     def num_prefix_tokens(self) -> int:
         "The query's answer, and a class token for each time slot."
-        return (self.fusion is not None) + self.config["frames"] // self.patch_embed.tubelet
+        slots = -(-self.config["frames"] // self.patch_embed.tubelet)   # an odd frame counts
+        return (self.fusion is not None) + slots
 
     def forward_features(
         self,
@@ -307,7 +322,8 @@ def _check(given: dict) -> None:
         raise ValueError("global_layers are increasing numbers of blocks from 0 to "
                          f"{depth - 1}, got {tuple(layers)}")
     if given["frozen"] and local:
-        raise ValueError("local blocks start as identity, and a frozen backbone would leave them so")
+        raise ValueError("local blocks start as identity, and a frozen backbone would leave them "
+                         "so")
     if local not in (None, "single", "double"):
         raise ValueError(f'local is None, "single" or "double", got {local!r}')
 
@@ -338,7 +354,7 @@ class UniFormerV2(ArmedTower):
         act: str = "quick_gelu",                       # of its CLIP, a name in `ASSUMED`
         global_mlp_ratio: float | None = None,         # of the global blocks; None: `mlp_ratio`
         reduction: float = 1.5,                        # of the local blocks, see `LocalBlock`
-        stem_kernel: int = 3,                          # frames that the stem reads, with `temporal_down`
+        stem_kernel: int = 3,                          # frames the stem reads, with `temporal_down`
         eps: float = 1e-5,                             # of all LayerNorms
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -347,7 +363,7 @@ class UniFormerV2(ArmedTower):
         def block(i): return UniBlock(dim, heads, mlp_ratio, local, rates[i], one, eps, reduction)
         stem = TemporalPatchEmbed(dim, patch, stem_kernel) if temporal_down else None
         super().__init__(image_size, patch, dim, depth, block, stem, eps)
-        if frozen: self.requires_grad_(False)                                 # what came so far is the backbone
+        if frozen: self.requires_grad_(False)   # what came so far is the backbone
         self.config, self.global_layers = given, tuple(global_layers)
         n, ratio = len(self.global_layers), global_mlp_ratio or mlp_ratio
         self.fusion = FUSIONS[fusion](dim, global_heads or heads, _rates(global_drop_path, n),

@@ -69,10 +69,10 @@ class MaskedAutoencoder(VideoEncoder, FixedPositions):
         decoder_dim: int = 384,  # width of the decoder
         decoder_depth: int = 4,  # its blocks
         decoder_heads: int = 6,  # its attention heads
-        decoder_mlp_ratio: float | None = None,  # inner width of its MLPs over its width; None: the encoder's
+        decoder_mlp_ratio: float | None = None,  # inner width of its MLPs over its width; None: as encoder
         decoder_eps: float | None = None,        # of its blocks' norms; None: the encoder's
         decoder_norm_eps: float | None = None,   # of its final norm; None: that of its blocks
-        **vit,                   # arguments of `VideoViT`; 16 frames and tubelets of 2 unless said otherwise
+        **vit,                   # arguments of `VideoViT`; 16 frames, tubelets of 2 unless said otherwise
     ):
         super().__init__()
         if decoder_depth < 1:
@@ -82,12 +82,15 @@ class MaskedAutoencoder(VideoEncoder, FixedPositions):
                            decoder_heads=decoder_heads, decoder_mlp_ratio=decoder_mlp_ratio,
                            decoder_eps=decoder_eps, decoder_norm_eps=decoder_norm_eps, **vit)
         self.encoder = VideoViT(**vit)
-        self.patch, self.tubelet = self.encoder.patch_embed.patch, self.encoder.patch_embed.tubelet
+        embed = self.encoder.patch_embed
+        self.patch, self.tubelet = embed.patch, embed.tubelet
         shared = {k: vit[k] for k in ("mlp_ratio", "bias", "layer_scale", "cosine") if k in vit}
         if decoder_mlp_ratio is not None: shared["mlp_ratio"] = decoder_mlp_ratio
         eps = decoder_eps or vit["eps"]
-        self.decoder = PixelDecoder(decoder_dim, decoder_depth, decoder_heads, 3 * self.tubelet * self.patch**2,
-                                    decoder_norm_eps or eps, act=activation(vit["act"]), eps=eps, **shared)
+        pixels = 3 * self.tubelet * self.patch**2
+        self.decoder = PixelDecoder(decoder_dim, decoder_depth, decoder_heads, pixels,
+                                    decoder_norm_eps or eps, eps=eps,
+                                    act=activation(vit["act"]), **shared)
         self.encoder_to_decoder = nn.Linear(self.encoder.dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.fix_positions(self.encoder.grid, decoder_dim)   # `pos`, in no checkpoint
@@ -127,7 +130,7 @@ class VideoMAE(MaskedAutoencoder):
         decoder_mask: str | None = "running_cell",  # a name in `DECODER_MASKS`; None: decode all that is hidden, as VideoMAE does
         decoder_ratio: float = 0.5,                 # share that is not decoded
         stats: str | None = "imagenet",             # what clips were normalised with, see `pixel_cubes`
-        norm_pix_loss: bool = True,                 # the target is normalised in each cube; False: plain pixels
+        norm_pix_loss: bool = True,                 # normalise the target in each cube
         **model,                                    # arguments of `MaskedAutoencoder`
     ):
         super().__init__(**model)
@@ -143,12 +146,13 @@ class VideoMAE(MaskedAutoencoder):
         clip: Tensor,          # (B, 3, T, H, W)
         mask: Tensor,          # bool (B, N), True = hidden from the encoder
         decoder_mask: Tensor,  # bool (B, N), True = not decoded
-        counts: tuple[int | None, int | None] = (None, None),  # visible and decoded tokens, if known
+        counts: tuple[int | None, int | None] = (None, None),  # visible and decoded, if known
     ) -> Tensor:               # scalar
         "Reconstruction loss under given masks."
         visible, wanted = (visible_indices(m, n) for m, n in zip((mask, decoder_mask), counts))
         prediction = self.write(clip, visible, wanted)
-        target = pixel_target(clip, self.patch, self.tubelet, self.stats, wanted, self.norm_pix_loss)
+        target = pixel_target(clip, self.patch, self.tubelet, self.stats, wanted,
+                              self.norm_pix_loss)
         return reconstruction_loss(prediction, target, mask.gather(1, wanted))
 
     def forward(

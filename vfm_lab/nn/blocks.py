@@ -82,7 +82,7 @@ class Block(nn.Module):
         self.attn = (CosineAttention if cosine else Attention)(dim, heads, bias)
         if mlp_ratio <= 0: raise ValueError(f"mlp_ratio must be above 0, got {mlp_ratio}")
         if layer_scale < 0: raise ValueError(f"layer_scale must not be below 0, got {layer_scale}")
-        self.mlp = Mlp(dim, int(dim * mlp_ratio + 1e-6), act)   # a quotient may fall short by a rounding
+        self.mlp = Mlp(dim, int(dim * mlp_ratio + 1e-6), act)   # a quotient may be rounded down
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path is a chance in [0, 1), got {drop_path}")
         self.drop_path = DropPath(drop_path)
