@@ -28,7 +28,7 @@ def full_attention(layer, x):
 def plain_teacher(tower, clip, layers):
     "All tokens of the last layers, projected, and the attention of the class token."
     B, _, T = clip.shape[:3]
-    x, kept = tower.embed(clip), []
+    x, kept = tower.embed(clip).flatten(0, 1), []     # (B·T, 1+S, D)
     for block in tower.blocks:
         y, weights = full_attention(block.attn, block.norm1(x))
         x = x + y

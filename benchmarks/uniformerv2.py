@@ -28,7 +28,7 @@ class PerFrame(nn.Module):
 class Usual(GlobalBlock):
     "One query, keys and values for all tokens."
     def forward(self, q, x):
-        y = self.norm_kv(self.place(x))
+        y = self.norm_kv(self.add_position(x))
         k, v = self.attn.kv(y).unflatten(2, (2, self.attn.heads, -1)).permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(self.attn.q(self.norm1(q)).unflatten(2, (self.attn.heads, -1)).transpose(1, 2), k, v)
         q = q + self.attn.proj(a.transpose(1, 2).flatten(2))
@@ -36,7 +36,7 @@ class Usual(GlobalBlock):
 
 class Clone(Usual):
     "The same; positions are written into a clone of the tokens."
-    def place(self, x):
+    def add_position(self, x):
         side, y = int((x.shape[2] - 1) ** 0.5), x.clone()
         y[:, :, 1:] += self.dpe(x[:, :, 1:].unflatten(2, (side, side)).permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1).flatten(2, 3)
         return y.flatten(1, 2)
@@ -44,7 +44,7 @@ class Clone(Usual):
 class Square(GlobalBlock):
     "All tokens ask, and the answer to the query is kept: torch's own layer, N×N pairs."
     def forward(self, q, x):
-        y = self.norm_kv(self.place(x))
+        y = self.norm_kv(self.add_position(x))
         a, m = self.attn, torch.cat([self.norm1(q), y], 1)
         w, b = torch.cat([a.q.weight, a.kv.weight]), torch.cat([a.q.bias, a.kv.bias])
         q = q + F.multi_head_attention_forward(m.transpose(0, 1), y.transpose(0, 1), y.transpose(0, 1), q.shape[2], a.heads, w, b, None, None, False, 0.0,

@@ -18,7 +18,7 @@ def test_plain_umt(monkeypatch):
 def test_teacher_in_bf16():
     torch.manual_seed(0)
     tower, clip = CLIPVision(32, 8, 48, 3, 4, 24).eval(), torch.randn(1, 3, 4, 32, 32)
-    (hidden, look), (half, half_look) = tower.teach(clip, 2), tower.to(torch.bfloat16).teach(clip, 2)      # the clip stays in float32
+    (hidden, look), (half, half_look) = tower.teacher_features(clip, 2), tower.to(torch.bfloat16).teacher_features(clip, 2)      # the clip stays in float32
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), hidden, atol=0.1, rtol=0)
     torch.testing.assert_close(half_look.float(), look, atol=0.01, rtol=0)

@@ -55,7 +55,7 @@ MODELS = {  # name: how it is built, how it is called
     "uniformerv2 queries": (lambda: UniFormerV2(fusion="hierarchical_q", **UNI),
                             lambda m: m(clips())),
     "clip vision": (lambda: CLIPVision(**VISION), lambda m: m(clips(1)[:, :, 0])),
-    "clip teacher": (lambda: CLIPVision(**VISION), lambda m: m.teach(clips(), 2)[0]),
+    "clip teacher": (lambda: CLIPVision(**VISION), lambda m: m.teacher_features(clips(), 2)[0]),
     "clip text": (lambda: CLIPText(**TEXT), lambda m: m(IDS)),
     "video text": (lambda: VideoText({**UNI, "num_classes": 0}, TEXT, CAPTIONS),
                    lambda m: m({"clip": clips(), "ids": IDS})["loss"]),
@@ -405,5 +405,5 @@ def test_blocks_that_cannot_be(bad):
 
 
 def test_unknown_statistics_are_named():
-    with pytest.raises(ValueError, match="stats is one of .*imagenet.*, got 'nope'"):
+    with pytest.raises(ValueError, match="no statistics named 'nope': .*imagenet"):
         pixel_cubes(torch.rand(1, 3, 2, 8, 8), 4, 2, "nope")

@@ -60,8 +60,8 @@ def stage1():
     clip = noise(1, 2, 3, 4, 32, 32)
     mask = torch.tensor([[[p not in frame for p in range(16)] for frame in clip] for clip in VISIBLE]).flatten(1)
     with torch.no_grad():
-        states, attention = teacher.look(resize_frames(clip, 28), 3)
-        z_t = teacher_target(teacher, states, mask)
+        states, attention = teacher.teacher_states(resize_frames(clip, 28), 3)
+        z_t = teacher_target(teacher, states, visible_indices(mask))
     z_s = student(clip, mask)
     loss = uta_loss(z_s, z_t)
     loss.backward()
@@ -167,8 +167,8 @@ def test_internvideo():
     load_weights(model, {"state_dict": state}, tower_from_official)
     ids = torch.tensor([[93, 55, 57, 23, 66, 23, 53, 99, 0, 0, 0, 0], [93, 1, 61, 60, 89, 75, 57, 99, 0, 0, 0, 0], [57, 2, 57, 12, 38, 20, 10, 99, 0, 0, 0, 0]])
     with torch.no_grad():
-        (video, tokens), (text, words) = model.watch(noise(8, 2, 3, 4, 32, 32)), model.read(ids)
-        captions = model.decoder(words[:2, :-1], model.decoder.look(tokens))
+        (video, tokens), (text, words) = model.forward_video(noise(8, 2, 3, 4, 32, 32)), model.forward_text(ids)
+        captions = model.decoder(words[:2, :-1], model.decoder.summarize(tokens))
         assert tokens.shape == (2, 4 * 17, 48) and captions.shape == (2, 11, 100)
         to_five_decimals(video[:, :4], first((-0.78722, 0.01902, 0.02940, 0.90933), (-0.59096, 0.06792, 0.12597, 1.05966)))
         to_five_decimals(text[:, :4], first((0.79727, 0.09700, 0.91390, -0.58437), (0.58558, -0.11678, 0.44448, -0.45182), (0.69205, 0.40533, 0.95016, -0.75581)))

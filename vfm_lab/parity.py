@@ -53,15 +53,16 @@ def umt_stage1(
     teacher = CLIPVision(c["teacher_image_size"], c["teacher_patch_size"], c["teacher_embed_dim"], c["teacher_depth"], c["teacher_num_heads"], c["teacher_output_dim"], c["teacher_mlp_ratio"])
     load_weights(student, case.part("student."))
     load_weights(teacher, case.part("teacher."), vision_from_openai)
-    (hidden, attention), (states, _) = (f(clip, c["num_return_layers"]) for f in (teacher.teach, teacher.look))
+    (hidden, attention), (states, _) = (f(clip, c["num_return_layers"]) for f in (teacher.teacher_features, teacher.teacher_states))
     B, T, S = attention.shape
     mask = mask_from_order(case.inputs["draw_order"].view(B, T, S), S - int(S * c["mask_ratio"]), S)
     if not torch.equal(mask, case.inputs["mask"]): raise ValueError("the mask made from the draw order is not the official one")
-    encoded = student.encoder(clip, mask, c["num_return_layers"])
-    projected = student.project(encoded, mask)
+    visible = visible_indices(mask)
+    encoded = student.encode(clip, visible)
+    projected = student.project(encoded, visible)
     return {"mask": mask, "encoder_features": encoded, "student_features": projected, "teacher_clip": resize_frames(clip, teacher.image_size),
             "teacher_features": F.normalize(teacher.project(hidden), dim=-1), "teacher_cls_attention": attention.flatten(0, 1),
-            "loss": uta_loss(projected, teacher_target(teacher, states, mask), c["loss_type"]), "position_table": student.encoder.pos}
+            "loss": uta_loss(projected, teacher_target(teacher, states, visible), c["loss_type"]), "position_table": student.encoder.pos}
 
 # %% ../nbs/20_parity.ipynb #6b744605
 @system("umt_teacher_conversion")
@@ -75,7 +76,7 @@ def umt_teacher_conversion(
     state = resize_grid(state, c["image_size"], c["patch_size"])
     tower = CLIPVision(c["image_size"], c["patch_size"], c["embed_dim"], c["depth"], c["num_heads"], c["output_dim"], c["mlp_ratio"]).eval()
     load_weights(tower, state)
-    hidden, attention = tower.teach(case.inputs["clip"], c["num_return_layers"])
+    hidden, attention = tower.teacher_features(case.inputs["clip"], c["num_return_layers"])
     features = tower.project(hidden)
     return {"stem_weight_3d": stem, "resized_positional_embedding": state["pos_embed"], "cls_attention": attention.flatten(0, 1),
             "features": F.normalize(features, dim=-1) if c["norm_type"] == "l2" else features}
@@ -89,7 +90,7 @@ def umt_finetune(
     c = _only(case, base_table_slots=8, base_table_grid=14, ln_eps=1e-6)
     model = UMTClassifier(c["num_classes"], **_vit(c)).eval()
     load_weights(model, case.weights, classifier_from_finetuned)
-    pooled = model.pool(case.inputs["clip"])
+    pooled = model.forward_head(model.forward_features(case.inputs["clip"]), pre_logits=True)
     return {"pooled": pooled, "logits": model.head(pooled), "position_table_rows": model.pos[:: c["table_row_stride"]]}
 
 # %% ../nbs/20_parity.ipynb #5a1d5f21
@@ -101,9 +102,9 @@ def clip_vision(
     c, image = _only(case, activation="quick_gelu", ln_eps=1e-5), case.inputs["image"]
     tower = CLIPVision(c["image_size"], c["patch_size"], c["embed_dim"], c["depth"], c["num_heads"], c["projection_dim"], c["mlp_dim"] / c["embed_dim"]).eval()
     load_weights(tower, case.weights, vision_from_transformers)
-    states = [tower.embed(image.unsqueeze(2))]
-    for block in tower.blocks: states.append(block(states[-1]))
-    rows = [tower.blocks[-1](states[-2], row=i)[1] for i in range(states[-1].shape[1])]  # the tower itself only ever asks for row 0
+    clip = image.unsqueeze(2)
+    states = [s[:, 0] for s in (tower.embed(clip), *tower.forward_intermediates(clip)[1])]   # of the one frame
+    rows = [tower.blocks[-1].attend_with_row(states[-2], i)[1] for i in range(states[-1].shape[1])]  # the tower itself only ever asks for row 0
     return {"image_embedding": tower(image), "last_hidden": states[-1], "hidden_states": torch.stack(states), "last_attention": torch.stack(rows, 2),
             "pooled": tower.norm(states[-1][:, 0])}
 
@@ -116,8 +117,9 @@ def clip_text(
     c, ids, real = _only(case, activation="quick_gelu", ln_eps=1e-5), case.inputs["token_ids"], case.inputs["attention_mask"].bool()
     tower = CLIPText(c["vocab_size"], c["context_length"], c["embed_dim"], c["depth"], c["num_heads"], c["projection_dim"], c["mlp_dim"] / c["embed_dim"]).eval()
     load_weights(tower, case.weights, text_from_transformers)
-    states = tower.encode(ids, real)
-    return {"text_embedding": tower(ids, real), "last_hidden": tower.norm(states[-1]), "hidden_states": torch.stack(states), "text_embedding_no_mask": tower(ids)}
+    start = tower.embed(ids)
+    last, states = tower.forward_intermediates(start, real)
+    return {"text_embedding": tower(ids, real), "last_hidden": last, "hidden_states": torch.stack([start, *states]), "text_embedding_no_mask": tower(ids)}
 
 # %% ../nbs/20_parity.ipynb #f9f3c175
 @system("videomae_v2_masks")
@@ -160,7 +162,7 @@ def videomae_v2_finetune(
     c = _only(case, mean_pooling=True, ln_eps=1e-6)
     model = VideoMAEClassifier(c["num_classes"], cosine=c["cosine_attention"], **_vit(c)).eval()
     load_weights(model, case.weights)
-    pooled = model.pool(case.inputs["clip"])
+    pooled = model.forward_head(model.forward_features(case.inputs["clip"]), pre_logits=True)
     return {"pooled": pooled, "logits": model.head(pooled)}
 
 # %% ../nbs/20_parity.ipynb #9bcead5d
@@ -202,11 +204,12 @@ def uniformerv2(
     model = UniFormerV2(c["num_classes"], c["image_size"], c["patch_size"], c["num_frames"], c["embed_dim"], c["depth"], c["num_heads"], c["mlp_ratio"],
                         tuple(c["global_layers"]), c["global_num_heads"], local, c["temporal_downsample"], frozen=c["frozen"]).eval()
     load_weights(model, case.weights, official_uniformerv2)
-    queries = [model.fusion.ask(0, clip)]
-    for block, tokens in zip(model.fusion.layers, model.layers(clip, c["global_layers"])): queries.append(block(queries[-1], tokens))
-    feature, last = model.encode(clip)
+    queries = [model.fusion.expand_query(0, clip)]
+    last, kept = model.forward_intermediates(clip, c["global_layers"])
+    for block, tokens in zip(model.fusion.layers, kept): queries.append(block(queries[-1], tokens))
+    feature = model.pool_tokens(model.forward_features(clip))
     return {"logits": model(clip), "queries": torch.stack(queries[1:])[:, :, 0], "classifier_input": feature,
-            "first_block_tokens": model.layers(clip, [0])[0], "last_block_tokens": last}
+            "first_block_tokens": model.forward_intermediates(clip, [0], intermediates_only=True)[0], "last_block_tokens": last}
 
 # %% ../nbs/20_parity.ipynb #b00f2299
 @system("internvideo_multimodal")
@@ -217,14 +220,15 @@ def internvideo_multimodal(
     c, (clip, ids, ignored) = _only(case, ln_eps=1e-5, temporal_downsample=False, stem_temporal_kernel=1), (case.inputs[k] for k in ("video", "text_ids", "ignored_tokens"))
     sizes = sizes_from_official(case.weights, c["num_heads"], c["text_num_heads"])
     named = dict(image_size=c["image_size"], patch=c["patch_size"], dim=c["embed_dim"], depth=c["depth"], heads=c["global_num_heads"], global_layers=c["global_layers"])
-    if sizes["vision"] != named: raise ValueError(f"sizes read off the tensors {sizes['vision']} are not those of the case {named}")
+    found = {k: sizes["vision"][k] for k in named}
+    if found != named: raise ValueError(f"sizes read off the tensors {found} are not those of the case {named}")
     model, hidden = VideoText(**sizes).eval(), case.outputs["masked_positions"]
     load_weights(model, case.weights, official_internvideo)
-    (video, tokens), (text, words) = model.watch(clip), model.read(ids)
-    seen = model.decoder.look(tokens)
+    (video, tokens), (text, words) = model.forward_video(clip), model.forward_text(ids)
+    seen = model.decoder.summarize(tokens)
     logits = model.decoder(words[:, :-1], seen)
-    return {"video_embedding": video, "video_tokens": tokens.unflatten(1, (clip.shape[2], -1)).permute(2, 0, 1, 3), "image_embedding": model.encode_image(clip[:, :, 0]),
-            "text_embedding": text, "text_tokens": words, "masked_positions": hidden, "text_embedding_masked": model.read(ids, hidden)[0],
+    return {"video_embedding": video, "video_tokens": model.vision.forward_intermediates(clip, [])[0].permute(2, 0, 1, 3), "image_embedding": model.encode_image(clip[:, :, 0]),
+            "text_embedding": text, "text_tokens": words, "masked_positions": hidden, "text_embedding_masked": model.forward_text(ids, hidden)[0],
             "similarity": model.similarity(video, text), "visual_queries": seen, "caption_logits": logits, "caption_loss": caption_loss(logits, ids, ignored)}
 
 # %% ../nbs/20_parity.ipynb #2ee2c99a

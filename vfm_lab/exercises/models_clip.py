@@ -34,9 +34,9 @@ def check_head_maps(answer: Callable) -> None:
     "`answer(vision, images)` is the class token's attention of every head of the last block, (B, heads, S)."
     torch.manual_seed(0)
     vision, images = CLIPVision(32, 8, 24, 3, 4, 8).eval(), torch.randn(2, 3, 32, 32)
-    with torch.no_grad(): out, (_, mean) = answer(vision, images), vision.teach(images.unsqueeze(2), 1)
+    with torch.no_grad(): out, (_, mean) = answer(vision, images), vision.teacher_features(images.unsqueeze(2), 1)
     assert isinstance(out, Tensor) and out.shape == (2, 4, 16), f"2 images, 4 heads, 16 patches: expected (2, 4, 16), got {getattr(out, 'shape', out)}"
-    assert torch.allclose(out.mean(1), mean[:, 0], atol=1e-5), "the mean over heads must be what `teach` returns"
+    assert torch.allclose(out.mean(1), mean[:, 0], atol=1e-5), "the mean over heads must be what `teacher_features` returns"
     assert (out[:, 0] - out[:, 1]).abs().max() > 1e-4, "the heads are all the same: do not average them"
 
 # %% ../../nbs/solutions/models_clip.ipynb #203cac4d

@@ -553,12 +553,13 @@ def registered(
     cls: type[nn.Module],  # the model's class
     frames: int,           # T it was made for
     args: dict,            # what timm passed on
+    /,
     **defaults,            # arguments of the class that `args` may replace
 ) -> nn.Module:            # with timm's `default_cfg`
     "Build a model for a registered name; raises `ValueError` for `pretrained=True`."
-    args = {k: v for k, v in args.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
-    if args.pop("pretrained", False): raise ValueError("no weights are hosted with this lab: download the official file and use load_weights")
-    model = cls(**{**defaults, **args})
-    model.pretrained_cfg = model.default_cfg = dict(input_size=(3, frames, 224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic",
-                                                    url="", first_conv="patch_embed.proj", classifier="head", num_classes=getattr(model, "num_classes", 0))
-    return model
+    timms = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    if args.get("pretrained"):
+        raise ValueError("no weights are hosted with this lab: download the official file and use "
+                         "load_weights")
+    own = {k: v for k, v in args.items() if k not in timms}
+    return cls(**{"frames": frames, **defaults, **own})

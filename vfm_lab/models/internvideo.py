@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +27,10 @@ from .clip import CLIP, CLIPText, clip_layout, text_from_openai
 from .clip import tiny_clip, tiny_tokenizer
 from .uniformerv2 import UniFormerV2, from_clip as backbone_from_clip, from_official as backbone_from_official
 from .videomae import VideoMAEClassifier
+from ..inputs import InputSpec
 from ..nn.attention import CrossAttention
 from ..nn.blocks import Mlp
-from ..nn.vit import VideoViT
+from ..nn.vit import VideoEncoder
 from ..objectives.contrastive import contrastive_loss
 from ..objectives.language import caption_loss
 
@@ -96,10 +98,12 @@ class ParallelBlock(nn.Module):
         heads: int,              # heads of the queries
         head_dim: int,           # width of one head
         mlp_ratio: float = 4.0,  # inner width of the MLP over D
+        eps: float = 1e-5,       # of the norm
     ):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, bias=False)
-        self.attn, self.mlp = MultiQueryAttention(dim, heads, head_dim), GatedMlp(dim, int(dim * mlp_ratio))
+        self.norm = nn.LayerNorm(dim, eps=eps, bias=False)
+        self.attn = MultiQueryAttention(dim, heads, head_dim)
+        self.mlp = GatedMlp(dim, int(dim * mlp_ratio + 1e-6))
 
     def forward(
         self,
@@ -123,16 +127,20 @@ class CaptionDecoder(nn.Module):
         head_dim: int = 64,      # width of one head
         queries: int = 256,      # tokens Q of the summary
         mlp_ratio: float = 4.0,  # inner width of the MLPs over D
+        eps: float = 1e-5,       # of all LayerNorms
     ):
         super().__init__()
+        def norm(width, **more): return nn.LayerNorm(width, eps=eps, **more)
+        def block(): return ParallelBlock(dim, heads, head_dim, mlp_ratio, eps)
         self.query_token = nn.Parameter(torch.randn(queries, dim))
-        self.query_norm, self.video_norm = nn.LayerNorm(dim, bias=False), nn.LayerNorm(kv_dim, bias=False)
-        self.pool, self.pool_norm, self.text_norm = MultiQueryAttention(dim, heads, head_dim, kv_dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        pair = lambda: nn.ModuleList(ParallelBlock(dim, heads, head_dim, mlp_ratio) for _ in range(2))
-        self.layers = nn.ModuleList(pair() for _ in range(depth))
-        self.predictor = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.LayerNorm(dim), nn.Linear(dim, vocab))
+        self.query_norm, self.video_norm = norm(dim, bias=False), norm(kv_dim, bias=False)
+        self.pool = MultiQueryAttention(dim, heads, head_dim, kv_dim)
+        self.pool_norm, self.text_norm = norm(dim), norm(dim)
+        self.layers = nn.ModuleList(nn.ModuleList([block(), block()]) for _ in range(depth))
+        self.predictor = nn.Sequential(norm(dim), nn.Linear(dim, dim), nn.GELU(), norm(dim),
+                                       nn.Linear(dim, vocab))
 
-    def look(
+    def summarize(
         self,
         tokens: Tensor,  # (B, N, kv_dim) of the clip, in any order
     ) -> Tensor:         # (B, Q, D)
@@ -143,11 +151,11 @@ class CaptionDecoder(nn.Module):
     def forward(
         self,
         words: Tensor,  # (B, n, D) features of the text tower, which sees no future either
-        seen: Tensor,   # (B, Q, D) from `look`
+        seen: Tensor,   # (B, Q, D) from `summarize`
     ) -> Tensor:        # (B, n, V) scores of word i+1 at place i
         "Read the words, read the clip, over and over; then guess."
         x = self.text_norm(words)
-        for read, look in self.layers: x = look(read(x), seen)
+        for read_words, read_clip in self.layers: x = read_clip(read_words(x), seen)
         return self.predictor(x)
 
 # %% ../../nbs/models/50_internvideo.ipynb #1026101b
@@ -158,56 +166,75 @@ def behind_end(
     return torch.arange(ids.shape[1], device=ids.device) > ids.argmax(1, keepdim=True)
 
 # %% ../../nbs/models/50_internvideo.ipynb #4862d1d2
-class VideoText(nn.Module):
+class VideoText(VideoEncoder):
     "InternVideo's multimodal tower: UniFormerV2 for clips and images, CLIP's text tower, and a decoder that writes captions (§3)."
+    encoders, stats = ("vision", "text"), "clip"
+
     def __init__(
         self,
         vision: dict,                 # arguments of `UniFormerV2`; it has no head here
         text: dict,                   # arguments of `CLIPText`; its `out_dim` is the width E of the shared space
         decoder: dict | None = None,  # arguments of `CaptionDecoder`; None: no captions
         caption_weight: float = 1.0,  # of the captioning loss
+        eps: float = 1e-5,            # of the norm behind the video tower
     ):
         super().__init__()
-        self.config = dict(vision=vision, text=text, decoder=decoder, caption_weight=caption_weight)
+        self.config = dict(vision=vision, text=text, decoder=decoder,
+                           caption_weight=caption_weight, eps=eps)
         self.vision, self.text = UniFormerV2(**{**vision, "num_classes": 0}), CLIPText(**text)
         self.decoder, self.caption_weight = CaptionDecoder(**decoder) if decoder else None, caption_weight
         dim = self.vision.pos_embed.shape[1]
-        self.norm, self.proj = nn.LayerNorm(dim), nn.Parameter(dim ** -0.5 * torch.randn(dim, self.text.config["out_dim"]))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.proj = nn.Parameter(dim ** -0.5 * torch.randn(dim, self.text.config["out_dim"]))
         self.mask_embed = nn.Parameter(0.02 * torch.randn(self.text.config["dim"]))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    @property
+    def input_spec(self) -> InputSpec:
+        "As the video tower, in CLIP's statistics."
+        return replace(self.vision.input_spec, stats=self.stats)
 
     @property
     def scale(self) -> Tensor:  # 1/temperature, between 1 and 100
         "Factor on cosines."
         return self.logit_scale.clamp(0, math.log(100)).exp()
 
-    def watch(
+    def forward_video(
         self,
         clip: Tensor,  # (B, 3, T, H, W); T = 1 is an image
     ) -> tuple[Tensor, Tensor]:  # embedding (B, E), not normalised; tokens of the last block (B, T·(1+S), D)
-        "Encode clips."
-        feature, tokens = self.vision.encode(clip)
-        return self.norm(feature) @ self.proj, tokens.flatten(1, 2)
+        "Encode clips; class tokens of the frames stand in front."
+        x = self.forward_features(clip)
+        return self.forward_head(x), x[:, int(self.vision.fusion is not None):]
 
-    def read(
+    def forward_head(
+        self,
+        x: Tensor,                 # of `forward_features`
+        pre_logits: bool = False,  # stop before the projection
+    ) -> Tensor:                   # (B, E), not normalised, or (B, D)
+        "Feature of the clip, norm, projection."
+        x = self.norm(self.vision.forward_head(x, pre_logits=True))
+        return x if pre_logits else x @ self.proj
+
+    def forward_text(
         self,
         ids: Tensor,                   # long (B, L)
         hidden: Tensor | None = None,  # bool (B, L), True = the word is replaced by the mask embedding
     ) -> tuple[Tensor, Tensor]:        # embedding (B, E), not normalised; features of the words (B, L, D)
         "Encode texts: the end token, which has the largest id, speaks for all."
-        x = self.text.token_embed(ids)
-        if hidden is not None: x = torch.where(hidden[..., None], self.mask_embed, x)
-        x = x + self.text.pos_embed[:ids.shape[1]]
-        for block in self.text.blocks: x = block(x, causal=True)
-        x = self.text.norm(x)
-        return x[torch.arange(ids.shape[0], device=ids.device), ids.argmax(1)] @ self.text.proj, x
+        x = self.text.embed(ids)
+        if hidden is not None:
+            blank = self.mask_embed + self.text.pos_embed[:ids.shape[1]]
+            x = torch.where(hidden[..., None], blank, x)
+        x = self.text.encode(x)
+        return self.text.pool(x, ids), x
 
     def encode_video(
         self,
         clip: Tensor,  # (B, 3, T, H, W)
     ) -> Tensor:       # (B, E), not normalised
         "Embedding of clips."
-        return self.watch(clip)[0]
+        return self.forward_video(clip)[0]
 
     def encode_image(
         self,
@@ -221,7 +248,7 @@ class VideoText(nn.Module):
         ids: Tensor,  # long (B, L)
     ) -> Tensor:      # (B, E), not normalised
         "Embedding of texts."
-        return self.read(ids)[0]
+        return self.forward_text(ids)[0]
 
     def similarity(
         self,
@@ -236,10 +263,12 @@ class VideoText(nn.Module):
         batch: dict,         # "clip" (B, 3, T, H, W), "ids" long (B, L), and maybe "idx" (B,), equal for captions that say the same
     ) -> dict[str, Tensor]:  # "loss", and its parts "contrastive" and "caption"
         "Loss of a batch of clips (or of images) and their captions."
-        (video, tokens), (text, words) = self.watch(batch["clip"]), self.read(batch["ids"])
+        video, tokens = self.forward_video(batch["clip"])
+        text, words = self.forward_text(batch["ids"])
         align = contrastive_loss(video, text, self.scale, batch.get("idx"))
         if self.decoder is None: return {"loss": align, "contrastive": align.detach()}
-        write = caption_loss(self.decoder(words[:, :-1], self.decoder.look(tokens)), batch["ids"], behind_end(batch["ids"]))
+        scores = self.decoder(words[:, :-1], self.decoder.summarize(tokens))
+        write = caption_loss(scores, batch["ids"], behind_end(batch["ids"]))
         return {"loss": align + self.caption_weight * write, "contrastive": align.detach(), "caption": write.detach()}
 
     @torch.no_grad()
@@ -250,10 +279,11 @@ class VideoText(nn.Module):
     ) -> Tensor:       # long (B, L), 0 behind the end token
         "Write the likeliest word, again and again, until all captions have ended or are as long as the tower's context; raises `ValueError` without a decoder."
         if self.decoder is None: raise ValueError("this tower was built without a caption decoder")
-        seen, end = self.decoder.look(self.watch(clip)[1]), self.text.config["vocab"] - 1
+        seen = self.decoder.summarize(self.forward_video(clip)[1])
+        end = self.text.config["vocab"] - 1
         ids = torch.full((len(clip), 1), start, device=clip.device)
         while ids.shape[1] < self.text.config["context"] and not (done := (ids == end).any(1)).all():
-            word = self.decoder(self.read(ids)[1], seen)[:, -1].argmax(1)
+            word = self.decoder(self.forward_text(ids)[1], seen)[:, -1].argmax(1)
             ids = torch.cat([ids, word.masked_fill(done, 0)[:, None]], 1)
         return ids
 
@@ -303,7 +333,7 @@ def tiny_video_text(
     "A multimodal tower that starts from the tiny CLIP and knows the words of the synthetic captions: 64-pixel clips, ImageNet statistics."
     clip = tiny_clip()
     vision, text = dict(clip.vision.config), dict(clip.text.config)
-    vision.pop("out_dim")
+    for name in ("out_dim", "tubelet"): vision.pop(name, None)
     known = text["vocab"]
     text["vocab"] = len(caption_words())
     decoder = dict(vocab=text["vocab"], dim=text["dim"], kv_dim=vision["dim"], depth=2, heads=4, head_dim=16, queries=8) if captions else None
@@ -356,17 +386,16 @@ def after_blocks(
 
 OTHER = {"masked": "multi", "multi": "masked"}
 
-def _look(tower: nn.Module, clip: Tensor) -> tuple[Tensor, Tensor]:
-    "What a classifier scores (B, D), before its norm; and its last tokens (B, N, D)."
-    if isinstance(tower, UniFormerV2):
-        feature, tokens = tower.encode(clip)
-        return feature, tokens.flatten(1, 2)
-    tokens = VideoViT.forward(tower, clip)
-    return tokens.mean(1), tokens
+def _read(tower: nn.Module, clip: Tensor) -> tuple[Tensor, Tensor]:
+    "What a classifier scores (B, D), before its norm; its last tokens (B, N, D) without an answer."
+    x = tower.forward_features(clip)
+    return tower.pool_tokens(x), x[:, int(getattr(tower, "fusion", None) is not None):]
 
 # %% ../../nbs/models/50_internvideo.ipynb #5bd9605f
-class CoupledTowers(nn.Module):
+class CoupledTowers(VideoEncoder):
     "Two frozen classifiers that read each other, and a learned sum of their scores (after InternVideo §3; no official code exists)."
+    encoders = ("towers.masked", "towers.multi")
+
     def __init__(
         self,
         masked: VideoMAEClassifier,  # the masked tower, fine-tuned; is frozen in place, but for norm and head
@@ -383,8 +412,9 @@ class CoupledTowers(nn.Module):
         self.towers = nn.ModuleDict({"masked": masked, "multi": multi}).requires_grad_(False)
         for part in (masked.fc_norm, masked.head, multi.fc_norm, multi.head): part.requires_grad_(True)
         multi.fusion.query_token.requires_grad_(True)
+        self.num_classes = masked.num_classes
         self.layers, self.between, self.last, self.every = tuple(layers), between, last, every
-        dims = {"masked": masked.dim, "multi": multi.pos_embed.shape[1]}
+        dims = {"masked": masked.dim, "multi": multi.dim}
         cross = lambda asks: CrossModelAttention(dims[asks], heads, dims[OTHER[asks]])
         self.inner, self.outer = nn.ModuleList(cross(between) for _ in self.layers), cross(last)
         self.mix = nn.Parameter(torch.full((2,), 0.5))
@@ -405,10 +435,10 @@ class CoupledTowers(nn.Module):
         "Scores of both towers after they have read each other."
         asks, tells, vectors, tokens = self.between, OTHER[self.between], {}, {}
         clips = {"masked": clip, "multi": clip[:, :, ::self.every]}
-        vectors[tells], tokens[tells] = _look(self.towers[tells], clips[tells])
+        vectors[tells], tokens[tells] = _read(self.towers[tells], clips[tells])
         read = lambda x, step: step(x.flatten(1, -2), tokens[tells]).view(x.shape)
         with after_blocks(self.towers[asks].blocks, {i: partial(read, step=step) for i, step in zip(self.layers, self.inner)}):
-            vectors[asks], tokens[asks] = _look(self.towers[asks], clips[asks])
+            vectors[asks], tokens[asks] = _read(self.towers[asks], clips[asks])
         vectors[self.last] = self.outer(vectors[self.last].unsqueeze(1), tokens[OTHER[self.last]])[:, 0]
         return tuple(tower.head(tower.head_drop(tower.fc_norm(vectors[name]))) for name, tower in self.towers.items())
 
@@ -420,28 +450,65 @@ class CoupledTowers(nn.Module):
         return sum(w * scores for w, scores in zip(self.mix, self.scores(clip)))
 
 # %% ../../nbs/models/50_internvideo.ipynb #afc6b628
+def _count(state: State, prefix: str) -> int:
+    "How many numbered parts stand under a prefix."
+    return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
+
+def _ratio(state: State, key: str) -> float:
+    "Inner width of an MLP over its width, from its first matrix."
+    hidden, dim = state[key].shape
+    return hidden / dim
+
+def _vision_sizes(state: State, heads: int | None) -> dict:
+    "Of the video tower; global blocks read its last layers."
+    at = "clip.visual.transformer."
+    (D, _, kernel, *_, patch), (places, _) = (
+        state[f"clip.visual.{k}"].shape for k in ("conv1.weight", "positional_embedding"))
+    depth, readers = _count(state, f"{at}resblocks."), _count(state, f"{at}dec.")
+    sizes = dict(image_size=round((places - 1) ** 0.5) * patch, patch=patch, dim=D, depth=depth,
+                 heads=heads or D // 64, global_layers=list(range(depth - readers, depth)),
+                 mlp_ratio=_ratio(state, f"{at}resblocks.0.mlp.c_fc.weight"))
+    if readers: sizes["global_mlp_ratio"] = _ratio(state, f"{at}dec.0.mlp.c_fc.weight")
+    return sizes | (dict(temporal_down=True, stem_kernel=kernel) if kernel > 1 else {})
+
+def _text_sizes(state: State, heads: int | None) -> dict:
+    "Of the text tower."
+    (vocab, W), (context, _), (_, E) = (
+        state[f"clip.{k}"].shape
+        for k in ("token_embedding.weight", "positional_embedding", "text_projection"))
+    return dict(vocab=vocab, context=context, dim=W, heads=heads or W // 64, out_dim=E,
+                depth=_count(state, "clip.transformer.resblocks."),
+                mlp_ratio=_ratio(state, "clip.transformer.resblocks.0.mlp.c_fc.weight"))
+
+# %% ../../nbs/models/50_internvideo.ipynb #d5437e9e
+def _decoder_at(state: State) -> str | None:
+    "What stands before the decoder's keys; None: there is no decoder."
+    return next((k.removesuffix("visual_queries") for k in state if k.endswith("visual_queries")), None)
+
+def _decoder_sizes(state: State, at: str, dim: int, kv_dim: int) -> dict:
+    "Of the caption decoder."
+    heads, width = (state[f"{at}visual_attn_pooler.to_{k}.weight"].shape[0] for k in ("q", "kv"))
+    out = state[f"{at}multimodal_layers.0.1.fn.ff.2.weight"]
+    return dict(vocab=len(state[f"{at}predictor.4.weight"]), dim=dim, kv_dim=kv_dim,
+                depth=_count(state, f"{at}multimodal_layers."), head_dim=width // 2,
+                heads=2 * heads // width, queries=len(state[f"{at}visual_queries"]),
+                mlp_ratio=out.shape[1] / out.shape[0])
+
 def sizes_from_official(
     state: State,                   # official file, `clip.*` and maybe a caption decoder
     heads: int | None = None,       # of the video tower; None: width / 64
     text_heads: int | None = None,  # of the text tower; None: width / 64
+    **known,                        # `vision`, `text`, `decoder`: arguments that are known, and count
 ) -> dict:                          # arguments of `VideoText`
-    "Read all sizes off the tensors; only the numbers of heads leave no trace there."
-    shape = lambda key: state[key].shape
-    count = lambda prefix: len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
-    (D, *_, patch), (places, _) = shape("clip.visual.conv1.weight"), shape("clip.visual.positional_embedding")
-    depth, readers = count("clip.visual.transformer.resblocks."), count("clip.visual.transformer.dec.")
-    vision = dict(image_size=round((places - 1) ** 0.5) * patch, patch=patch, dim=D, depth=depth, heads=heads or D // 64, global_layers=list(range(depth - readers, depth)))
-    (vocab, W), (context, _), (_, E) = shape("clip.token_embedding.weight"), shape("clip.positional_embedding"), shape("clip.text_projection")
-    text = dict(vocab=vocab, context=context, dim=W, depth=count("clip.transformer.resblocks."), heads=text_heads or W // 64, out_dim=E)
-    if (at := _decoder_at(state)) is None: return dict(vision=vision, text=text)
-    head_dim = shape(f"{at}visual_attn_pooler.to_kv.weight")[0] // 2
-    decoder = dict(vocab=len(state[f"{at}predictor.4.weight"]), dim=W, kv_dim=D, depth=count(f"{at}multimodal_layers."), head_dim=head_dim,
-                   heads=shape(f"{at}visual_attn_pooler.to_q.weight")[0] // head_dim, queries=len(state[f"{at}visual_queries"]))
-    return dict(vision=vision, text=text, decoder=decoder)
+    """Read all sizes off the tensors.
 
-def _decoder_at(state: State) -> str | None:
-    "What stands before the decoder's keys; None: there is no decoder."
-    return next((k.removesuffix("visual_queries") for k in state if k.endswith("visual_queries")), None)
+    Heads, the layers that global blocks read, activation and eps leave no trace there: they are the
+    usual ones unless a config says otherwise."""
+    vision, text = _vision_sizes(state, heads), _text_sizes(state, text_heads)
+    sizes = {"vision": vision, "text": text}
+    if (at := _decoder_at(state)) is not None:
+        sizes["decoder"] = _decoder_sizes(state, at, text["dim"], vision["dim"])
+    return {part: args | known.get(part, {}) for part, args in sizes.items()}
 
 # %% ../../nbs/models/50_internvideo.ipynb #d040219d
 def decoder_from_official(
@@ -481,6 +548,7 @@ def load_official(
     path: str | Path,               # official multimodal file
     heads: int | None = None,       # see `sizes_from_official`
     text_heads: int | None = None,  # see `sizes_from_official`
+    **known,                        # see `sizes_from_official`
 ) -> tuple[VideoText, LoadReport]:  # in evaluation mode; what happened to every key
     "Build the tower that fits an official file and fill it; raises `CheckpointError` if a key is missing or does not fit."
     state = read_weights(path)
@@ -491,7 +559,7 @@ def load_official(
         raise CheckpointError(f"{what}, {why}; {layout(state)}")
     try:
         ours = from_official(bare)
-        model = build_like(VideoText, sizes_from_official(bare, heads, text_heads), ours)
+        model = build_like(VideoText, sizes_from_official(bare, heads, text_heads, **known), ours)
         return model.eval(), load_weights(model, state, lambda _: ours)
     except CheckpointError as e: raise CheckpointError(f"{path}: {e}") from e
     except (LookupError, ValueError, RuntimeError, ZeroDivisionError) as e:

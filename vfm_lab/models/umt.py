@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoints import CheckpointError, State, peel, registered, rename
-from .clip import CLIPVision
-from ..nn.vit import VideoClassifier, VideoViT
+from .clip import CLIPVision, last_layers
+from ..nn.vit import VideoClassifier, VideoEncoder, VideoViT
 from ..objectives.alignment import uta_loss
-from ..tokens.masking import Source, attention_sampled_mask, clip_generators, random_mask, tube_mask
+from ..tokens.masking import Source, attention_sampled_mask, clip_generators, random_mask
+from ..tokens.masking import tube_mask, visible_count
 from ..tokens.patching import Grid, visible_indices
 
 # %% ../../nbs/models/20_umt.ipynb #9e0ad429
@@ -36,9 +37,10 @@ class ProjectionHead(nn.Module):
         self,
         dim: int,     # student width
         out_dim: int, # teacher width
+        eps: float = 1e-6,  # of the norm
     ):
         super().__init__()
-        self.head, self.norm = nn.Linear(dim, out_dim), nn.LayerNorm(out_dim, eps=1e-6)
+        self.head, self.norm = nn.Linear(dim, out_dim), nn.LayerNorm(out_dim, eps=eps)
         nn.init.xavier_uniform_(self.head.weight), nn.init.zeros_(self.head.bias)
 
     def forward(
@@ -49,40 +51,59 @@ class ProjectionHead(nn.Module):
         return self.norm(self.head(x))
 
 # %% ../../nbs/models/20_umt.ipynb #00a44896
-class UMTStudent(nn.Module):
+class UMTStudent(VideoEncoder):
     "The network UMT trains: a video ViT on visible tokens, and one projection head for each aligned layer."
+    encoders = ("encoder",)
     computed = ("encoder.pos",)   # it is added a second time, and there UMT has no learned one
 
     def __init__(
         self,
-        teacher_dim: int = 512, # width of the teacher's space
-        layers: int = 6,        # K aligned layers
-        **vit,                  # arguments of `VideoViT`
+        teacher_dim: int = 512,   # width of the teacher's space
+        layers: int = 6,          # K aligned layers
+        interval: float = 1.0,    # blocks from one to the next, see `last_layers`
+        normalize: bool = True,   # unit length at the end
+        head_eps: float | None = None,  # of the heads' norms; None: that of the encoder
+        **vit,                    # arguments of `VideoViT`
     ):
         super().__init__()
-        self.config = dict(teacher_dim=teacher_dim, layers=layers, **vit)
-        self.layers = layers
+        self.config = dict(teacher_dim=teacher_dim, layers=layers, interval=interval,
+                           normalize=normalize, head_eps=head_eps, **vit)
+        self.layers, self.normalize = layers, normalize
         self.encoder = VideoViT(**vit)
-        if not 1 <= layers <= len(self.encoder.blocks):
-            raise ValueError(f"layers is 1 to {len(self.encoder.blocks)}, the depth, got {layers}")
-        self.clip_decoder = nn.ModuleList(ProjectionHead(self.encoder.dim, teacher_dim) for _ in range(layers))
+        self.aligned = last_layers(len(self.encoder.blocks), layers, interval)
+        eps = head_eps or vit.get("eps", 1e-6)
+        heads = (ProjectionHead(self.encoder.dim, teacher_dim, eps) for _ in range(layers))
+        self.clip_decoder = nn.ModuleList(heads)
+
+    def encode(
+        self,
+        clip: Tensor,     # (B, 3, T, H, W)
+        visible: Tensor,  # long (B, n) visible tokens
+    ) -> Tensor:          # (K, B, n, D)
+        "The aligned layers at the visible tokens, after the one shared norm."
+        kept = self.encoder.forward_intermediates(clip, self.aligned, visible=visible,
+                                                  intermediates_only=True)
+        return self.encoder.norm(torch.stack(kept))
 
     def project(
         self,
-        features: Tensor,  # (K, B, n, D) of the encoder
-        mask: Tensor,      # bool (B, N), True = hidden
-    ) -> Tensor:           # (K, B, n, teacher_dim) unit vectors
+        features: Tensor,  # (K, B, n, D) of `encode`
+        visible: Tensor,   # long (B, n) visible tokens
+    ) -> Tensor:           # (K, B, n, teacher_dim)
         "Add the position table a second time, then head k on layer k, then unit length."
-        x = features + self.encoder.pos[visible_indices(mask)].to(features.dtype)
-        return F.normalize(torch.stack([head(f) for head, f in zip(self.clip_decoder, x)]), dim=-1)
+        x = features + self.encoder.pos[visible].to(features.dtype)
+        x = torch.stack([head(f) for head, f in zip(self.clip_decoder, x)])
+        return F.normalize(x, dim=-1) if self.normalize else x
 
     def forward(
         self,
-        clip: Tensor,  # (B, 3, T, H, W)
-        mask: Tensor,  # bool (B, N), True = hidden
-    ) -> Tensor:       # (K, B, n, teacher_dim) unit vectors
-        "Encode the visible tokens and project the last K layers."
-        return self.project(self.encoder(clip, mask, self.layers), mask)
+        clip: Tensor,                   # (B, 3, T, H, W)
+        mask: Tensor | None = None,     # bool (B, N), True = hidden
+        visible: Tensor | None = None,  # long (B, n) visible tokens, if known; None: from the mask
+    ) -> Tensor:                        # (K, B, n, teacher_dim) unit vectors
+        "Encode the visible tokens and project the aligned layers."
+        if visible is None: visible = visible_indices(mask)
+        return self.project(self.encode(clip, visible), visible)
 
 # %% ../../nbs/models/20_umt.ipynb #e541bf01
 def check_visible(
@@ -96,21 +117,27 @@ def check_visible(
                          "it lies in [0, 1)")
 
 # %% ../../nbs/models/20_umt.ipynb #d65cc174
-class UMT(nn.Module):
+class UMT(VideoEncoder):
     "Stage 1: the frozen teacher looks, a mask is sampled from its attention, the student repeats the teacher where it can see."
+    encoders = ("student",)
+
     def __init__(
         self,
-        student: UMTStudent,          # is trained
-        teacher: CLIPVision,          # is frozen here
-        mask_ratio: float = 0.8,      # share of hidden tokens
-        masking: str = "attention",   # a name in `MASKING`
-        loss: str = "l2",             # see `uta_loss`
+        student: UMTStudent,           # is trained
+        teacher: CLIPVision,           # is frozen here
+        mask_ratio: float = 0.8,       # share of hidden tokens
+        masking: str = "attention",    # a name in `MASKING`
+        loss: str = "l2",              # see `uta_loss`
+        teacher_interval: float = 1.0, # of the aligned layers, see `last_layers`
     ):
         super().__init__()
-        if masking not in MASKING: raise ValueError(f"masking is one of {', '.join(MASKING)}; got {masking!r}")
+        if masking not in MASKING:
+            raise ValueError(f"masking is one of {', '.join(MASKING)}; got {masking!r}")
         check_visible(student.encoder.grid, mask_ratio)
         self.student, self.teacher = student, teacher.requires_grad_(False).eval()
         self.mask_ratio, self.masking, self.loss = mask_ratio, masking, loss
+        self.teacher_interval = teacher_interval
+        self.visible = visible_count(masking, student.encoder.grid, mask_ratio)   # of each clip
 
     def train(
         self,
@@ -126,33 +153,42 @@ class UMT(nn.Module):
         batch: dict,         # "clip" (B, 3, T, H, W), and maybe "seed" (B,) for the masks
     ) -> dict[str, Tensor]:  # "loss"; "cosine": mean cosine of student and teacher
         "Loss of one batch: teacher, mask, student, alignment."
+        clip, student = batch["clip"], self.student
         with torch.no_grad():
-            states, attention = self.teacher.look(batch["clip"], self.student.layers)
+            asked = student.layers, self.teacher_interval
+            states, attention = self.teacher.teacher_states(clip, *asked)
             mask = MASKING[self.masking](attention, self.mask_ratio, clip_generators(batch))
-            target = teacher_target(self.teacher, states, mask)
-        student = self.student(batch["clip"], mask)
-        return {"loss": uta_loss(student, target, self.loss), "cosine": (student * target).sum(-1).mean().detach()}
+            visible = visible_indices(mask, self.visible)
+            target = teacher_target(self.teacher, states, visible, student.normalize)
+        z = student(clip, visible=visible)
+        unit = student.normalize
+        cosine = (z * target).sum(-1) if unit else F.cosine_similarity(z, target, dim=-1)
+        return {"loss": uta_loss(z, target, self.loss), "cosine": cosine.mean().detach()}
 
 # %% ../../nbs/models/20_umt.ipynb #452d1aba
 def teacher_target(
-    teacher: CLIPVision,  # the frozen image tower
-    states: list[Tensor], # K layers of `look`
-    mask: Tensor,         # bool (B, N), True = hidden
-) -> Tensor:              # (K, B, n, out_dim) unit vectors
-    "The teacher's features at the visible tokens; the hidden ones are spared the last MLP and the projection."
-    return F.normalize(teacher.project(teacher.tell(states, visible_indices(mask))), dim=-1)
+    teacher: CLIPVision,      # the frozen image tower
+    states: list[Tensor],     # K layers of `teacher_states`
+    visible: Tensor,          # long (B, n) visible tokens
+    normalize: bool = True,   # unit length at the end
+) -> Tensor:                  # (K, B, n, out_dim)
+    "The teacher's features at visible tokens; hidden ones are spared last MLP and projection."
+    z = teacher.project(teacher.finish_tokens(states, visible))
+    return F.normalize(z, dim=-1) if normalize else z
 
 # %% ../../nbs/models/20_umt.ipynb #39c61c43
 class UMTClassifier(VideoClassifier):
-    "UMT's video ViT for fine-tuning. Away from 8×14×14 tokens the table of that grid is resized, and stays fixed."
+    "UMT's video ViT for fine-tuning. Away from the table's own grid it is resized, and stays fixed."
     def __init__(
         self,
         num_classes: int = 400, # 0: pooled features
+        base_grid: Grid | None = None,  # (t, h, w) of the table; None: 8×14×14, or 8×16×16 for patch 14
         **vit,                  # arguments of `VideoClassifier`
     ):
         super().__init__(num_classes, **vit)
-        self.config = dict(num_classes=num_classes, **vit)
-        self.fix_positions(self.grid, self.dim, native=(8, 14, 14))
+        self.config = dict(num_classes=num_classes, base_grid=base_grid, **vit)
+        side = 16 if self.patch_embed.patch == 14 else 14
+        self.fix_positions(self.grid, self.dim, native=base_grid or (8, side, side))
 
 # %% ../../nbs/models/20_umt.ipynb #5240e918
 SIZES = {"base": dict(dim=768, depth=12, heads=12), "large": dict(dim=1024, depth=24, heads=16)}

@@ -12,6 +12,7 @@ __all__ = ['SIZES', 'DECODERS', 'FRESH', 'PixelDecoder', 'MaskedAutoencoder', 'V
 
 # %% ../../nbs/models/30_videomae.ipynb #666aa3e6
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,27 +21,32 @@ from torch import Tensor, nn
 
 from ..files import read_json
 from .checkpoints import CheckpointError, State, peel, registered, rename
-from ..nn.blocks import Block, init_weights
-from ..nn.vit import VideoClassifier, VideoViT
+from ..inputs import InputSpec
+from ..nn.blocks import Block, LastBlock, activation, init_weights, run_blocks
+from ..nn.vit import VideoClassifier, VideoEncoder, VideoViT
 from ..objectives.reconstruction import paint, pixel_cubes, pixel_target, reconstruction_loss
-from ..tokens.masking import check_dual_mask, clip_generators, dual_mask
+from ..tokens.masking import check_dual_mask, clip_generators, dual_counts, dual_mask
 from ..tokens.patching import Grid, unpatchify, visible_indices
 from ..tokens.positions import FixedPositions
 
 # %% ../../nbs/models/30_videomae.ipynb #66c957e8
 class PixelDecoder(nn.Module):
     "A narrow transformer that writes pixels for the last tokens of its sequence."
+    grad_checkpointing = False
+
     def __init__(
         self,
         dim: int,      # width
         depth: int,    # blocks
         heads: int,    # attention heads
         out_dim: int,  # numbers per token: 3·tubelet·patch·patch
+        norm_eps: float = 1e-6,  # of the final norm
         **block,       # further arguments of `Block`
     ):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, heads, **block) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, out_dim)
+        early = [Block(dim, heads, **block) for _ in range(depth - 1)]
+        self.blocks = nn.ModuleList([*early, LastBlock(dim, heads, **block)])
+        self.norm, self.head = nn.LayerNorm(dim, eps=norm_eps), nn.Linear(dim, out_dim)
         self.apply(init_weights)
 
     def forward(
@@ -50,34 +56,61 @@ class PixelDecoder(nn.Module):
     ) -> Tensor:    # (B, n, out_dim)
         "All blocks see everything; in the last one only the last n tokens ask and go on."
         *early, last = self.blocks
-        for block in early: x = block(x)
-        return self.head(self.norm(last(x, queries=n)))
+        x, _ = run_blocks(early, x, recompute=self.grad_checkpointing)
+        return self.head(self.norm(last(x, n)))
 
 # %% ../../nbs/models/30_videomae.ipynb #53a1f68c
-class MaskedAutoencoder(FixedPositions):
+class MaskedAutoencoder(VideoEncoder, FixedPositions):
     "The network of VideoMAE: an encoder for visible tokens, a decoder that writes pixels of others (VideoMAE §3)."
-    fixed = {"act": "gelu", "eps": 1e-6}   # what a config.json may say otherwise; `load_weights` compares
+    encoders, sampling = ("encoder",), "dense"
 
     def __init__(
         self,
         decoder_dim: int = 384,  # width of the decoder
         decoder_depth: int = 4,  # its blocks
         decoder_heads: int = 6,  # its attention heads
-        **vit,                   # arguments of `VideoViT`; 16 frames and tubelets of 2 unless said otherwise
+        decoder_mlp_ratio: float | None = None,  # inner width of its MLPs over its width; None: as encoder
+        decoder_eps: float | None = None,        # of its blocks' norms; None: the encoder's
+        decoder_norm_eps: float | None = None,   # of its final norm; None: that of its blocks
+        **vit,                   # arguments of `VideoViT`; 16 frames, tubelets of 2 unless said otherwise
     ):
         super().__init__()
-        vit = dict(frames=16, tubelet=2) | vit
-        self.config = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth, decoder_heads=decoder_heads, **vit)
-        self.encoder = VideoViT(**vit)
-        self.patch, self.tubelet = self.encoder.patch_embed.patch, self.encoder.patch_embed.tubelet
-        shared = {k: vit[k] for k in ("mlp_ratio", "bias", "layer_scale", "cosine") if k in vit}
         if decoder_depth < 1:
             raise ValueError(f"a decoder has at least one block, got depth {decoder_depth}")
-        self.decoder = PixelDecoder(decoder_dim, decoder_depth, decoder_heads, 3 * self.tubelet * self.patch**2, **shared)
+        vit = dict(frames=16, tubelet=2, act="gelu", eps=1e-6) | vit
+        self.config = dict(decoder_dim=decoder_dim, decoder_depth=decoder_depth,
+                           decoder_heads=decoder_heads, decoder_mlp_ratio=decoder_mlp_ratio,
+                           decoder_eps=decoder_eps, decoder_norm_eps=decoder_norm_eps, **vit)
+        self.encoder = VideoViT(**vit)
+        embed = self.encoder.patch_embed
+        self.patch, self.tubelet = embed.patch, embed.tubelet
+        shared = {k: vit[k] for k in ("mlp_ratio", "bias", "layer_scale", "cosine") if k in vit}
+        if decoder_mlp_ratio is not None: shared["mlp_ratio"] = decoder_mlp_ratio
+        eps = decoder_eps or vit["eps"]
+        pixels = 3 * self.tubelet * self.patch**2
+        self.decoder = PixelDecoder(decoder_dim, decoder_depth, decoder_heads, pixels,
+                                    decoder_norm_eps or eps, eps=eps,
+                                    act=activation(vit["act"]), **shared)
         self.encoder_to_decoder = nn.Linear(self.encoder.dim, decoder_dim, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         self.fix_positions(self.encoder.grid, decoder_dim)   # `pos`, in no checkpoint
-        init_weights(self.encoder_to_decoder), nn.init.trunc_normal_(self.mask_token, std=0.02)
+        init_weights(self.encoder_to_decoder), nn.init.normal_(self.mask_token, std=0.02)
+
+    @property
+    def input_spec(self) -> InputSpec:
+        "Frames close together, in the statistics that the pixels are computed back from."
+        return replace(self.encoder.input_spec, sampling=self.sampling, stats=self.stats)
+
+    def write(
+        self,
+        clip: Tensor,     # (B, 3, T, H, W)
+        visible: Tensor,  # long (B, v) tokens that the encoder sees
+        wanted: Tensor,   # long (B, n) tokens that are decoded
+    ) -> Tensor:          # (B, n, tubelet·patch·patch·3)
+        "Normalised pixels of the wanted tokens."
+        x = self.encoder_to_decoder(self.encoder.forward_features(clip, visible=visible))
+        pos, token = self.pos.to(x.dtype), self.mask_token.to(x.dtype)
+        return self.decoder(torch.cat([x + pos[visible], token + pos[wanted]], 1), wanted.shape[1])
 
     def predict(
         self,
@@ -86,39 +119,40 @@ class MaskedAutoencoder(FixedPositions):
         decoder_mask: Tensor,  # bool (B, N), True = not decoded
     ) -> Tensor:               # (B, n, tubelet·patch·patch·3), tokens in increasing order
         "Normalised pixels of the decoded tokens."
-        visible, wanted = visible_indices(mask), visible_indices(decoder_mask)
-        x = self.encoder_to_decoder(self.encoder(clip, mask))                                # (B, visible, D)
-        pos, token = self.pos.to(x.dtype), self.mask_token.to(x.dtype)
-        return self.decoder(torch.cat([x + pos[visible], token + pos[wanted]], 1), wanted.shape[1])
+        return self.write(clip, visible_indices(mask), visible_indices(decoder_mask))
 
 # %% ../../nbs/models/30_videomae.ipynb #c61eb967
 class VideoMAE(MaskedAutoencoder):
     "Pre-training: encode a tenth of the tubes, decode a part of what is hidden, compare pixels (VideoMAE V2 §3)."
-    fixed = MaskedAutoencoder.fixed | {"norm_pix_loss": True}
-
     def __init__(
         self,
         mask_ratio: float = 0.9,                    # share of tubes hidden from the encoder
         decoder_mask: str | None = "running_cell",  # a name in `DECODER_MASKS`; None: decode all that is hidden, as VideoMAE does
         decoder_ratio: float = 0.5,                 # share that is not decoded
         stats: str | None = "imagenet",             # what clips were normalised with, see `pixel_cubes`
+        norm_pix_loss: bool = True,                 # normalise the target in each cube
         **model,                                    # arguments of `MaskedAutoencoder`
     ):
         super().__init__(**model)
-        check_dual_mask(self.encoder.grid, mask_ratio, decoder_mask, decoder_ratio)
         self.masking, self.stats = (mask_ratio, decoder_mask, decoder_ratio), stats
-        self.config |= dict(mask_ratio=mask_ratio, decoder_mask=decoder_mask, decoder_ratio=decoder_ratio, stats=stats)
+        check_dual_mask(self.encoder.grid, *self.masking)
+        self.counts = dual_counts(self.encoder.grid, *self.masking)   # of each clip: seen, decoded
+        self.norm_pix_loss = norm_pix_loss
+        self.config |= dict(mask_ratio=mask_ratio, decoder_mask=decoder_mask,
+                            decoder_ratio=decoder_ratio, stats=stats, norm_pix_loss=norm_pix_loss)
 
     def loss(
         self,
         clip: Tensor,          # (B, 3, T, H, W)
         mask: Tensor,          # bool (B, N), True = hidden from the encoder
         decoder_mask: Tensor,  # bool (B, N), True = not decoded
+        counts: tuple[int | None, int | None] = (None, None),  # visible and decoded, if known
     ) -> Tensor:               # scalar
         "Reconstruction loss under given masks."
-        wanted = visible_indices(decoder_mask)
-        prediction = self.predict(clip, mask, decoder_mask)
-        target = pixel_target(clip, self.patch, self.tubelet, self.stats, wanted)
+        visible, wanted = (visible_indices(m, n) for m, n in zip((mask, decoder_mask), counts))
+        prediction = self.write(clip, visible, wanted)
+        target = pixel_target(clip, self.patch, self.tubelet, self.stats, wanted,
+                              self.norm_pix_loss)
         return reconstruction_loss(prediction, target, mask.gather(1, wanted))
 
     def forward(
@@ -126,9 +160,11 @@ class VideoMAE(MaskedAutoencoder):
         batch: dict,         # "clip" (B, 3, T, H, W), and maybe "seed" (B,) for the masks
     ) -> dict[str, Tensor]:  # "loss"; "weight": how many tokens it is the mean of, which differs from batch to batch
         "Loss of one batch under masks drawn here."
-        masks = dual_mask(len(batch["clip"]), self.encoder.grid, *self.masking, generator=clip_generators(batch), device=batch["clip"].device)
-        mask, decoder_mask = masks
-        return {"loss": self.loss(batch["clip"], *masks), "weight": (mask & ~decoder_mask).sum()}
+        clip = batch["clip"]
+        mask, decoder_mask = dual_mask(clip.shape[0], self.encoder.grid, *self.masking,
+                                       generator=clip_generators(batch), device=clip.device)
+        loss = self.loss(clip, mask, decoder_mask, self.counts)
+        return {"loss": loss, "weight": (mask & ~decoder_mask).sum()}
 
     @torch.no_grad()
     def reconstruct(
@@ -138,17 +174,19 @@ class VideoMAE(MaskedAutoencoder):
         decoder_mask: Tensor | None = None,  # bool (B, N), True = not decoded; None: decode all that is hidden
     ) -> Tensor:                             # (B, 3, T, H, W) in about [0, 1]
         "Paint the hidden tokens, in the true mean and contrast of each cube; what is hidden and not decoded stays grey."
-        decoder_mask = ~mask if decoder_mask is None else decoder_mask
-        wanted, cubes = visible_indices(decoder_mask), pixel_cubes(clip, self.patch, self.tubelet, self.stats)
-        rows, painted = torch.arange(len(clip), device=clip.device)[:, None], torch.full_like(cubes, 0.5)
-        painted[rows, wanted] = paint(self.predict(clip, mask, decoder_mask), cubes[rows, wanted])
+        wanted = visible_indices(~mask if decoder_mask is None else decoder_mask)
+        cubes = pixel_cubes(clip, self.patch, self.tubelet, self.stats)
+        rows = torch.arange(clip.shape[0], device=clip.device)[:, None]
+        painted = torch.full_like(cubes, 0.5)
+        pixels = self.write(clip, visible_indices(mask), wanted)
+        painted[rows, wanted] = paint(pixels, cubes[rows, wanted], self.norm_pix_loss)
         out = torch.where(mask[..., None, None], painted, cubes)                             # (B, N, L, 3)
         return unpatchify(out.transpose(2, 3).flatten(2), self.encoder.grid, self.patch, self.tubelet)
 
 # %% ../../nbs/models/30_videomae.ipynb #12c33697
 class VideoMAEClassifier(VideoClassifier):
     "VideoMAE's video ViT for fine-tuning. `pretrained_grid` resizes the position table of that grid to this one, and it stays fixed."
-    fixed = {"act": "gelu", "eps": 1e-6}   # what a config.json may say otherwise; `load_weights` compares
+    sampling = "dense"
 
     def __init__(
         self,
@@ -156,7 +194,7 @@ class VideoMAEClassifier(VideoClassifier):
         pretrained_grid: Grid | None = None,  # (t, h, w) that the weights were trained at; None: a table of this grid's own length
         **vit,                                # arguments of `VideoClassifier`; 16 frames and tubelets of 2 unless said otherwise
     ):
-        vit = dict(frames=16, tubelet=2) | vit
+        vit = dict(frames=16, tubelet=2, act="gelu", eps=1e-6) | vit
         super().__init__(num_classes, **vit)
         self.config = dict(num_classes=num_classes, pretrained_grid=pretrained_grid, **vit)
         self.fix_positions(self.grid, self.dim, native=pretrained_grid)

@@ -88,9 +88,15 @@ class Attention(nn.Module):
         x: Tensor,                    # (…, N, D)
         mask: Tensor | None = None,   # bool, broadcasts to (B, heads, N, N); True = may attend
         causal: bool = False,         # each token sees itself and those before it
-    ) -> Tensor:                      # (…, N, D)
-        "Every token attends to all, then the heads mix."
-        return self.merge(*self.split(x), mask, causal).reshape(x.shape)
+        row: int | None = None,       # also return the attention of this query token
+        queries: int | None = None,   # only the last n tokens ask, all N answer; None: all ask
+    ) -> Tensor | tuple[Tensor, Tensor]:  # (…, n, D), and with `row` the weights (B, heads, N)
+        "Every token attends to all, then the heads mix; `ValueError` for `causal` with `queries`."
+        if causal and queries is not None: raise ValueError("causal attention needs all queries")
+        q, k, v = self.split(x, queries)
+        y = self.merge(q, k, v, mask, causal)
+        y = y.reshape(*x.shape[:-2], *y.shape[1:])
+        return y if row is None else (y, attention_row(q, k, row))
 
 # %% ../../nbs/nn/00_attention.ipynb #7c342d25
 def attention_row(

@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATIONS', 'QuickGELU', 'Mlp', 'activation', 'Block', 'LastBlock', 'take_indices', 'run_blocks', 'init_weights']
 
 # %% ../../nbs/nn/10_blocks.ipynb #43919b9b
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -46,15 +46,16 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 # %% ../../nbs/nn/10_blocks.ipynb #14f1e987
-ACTIVATIONS: dict[str, type[nn.Module]] = {   # by the names of a config.json
-    "quick_gelu": QuickGELU, "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh"),
-    "gelu_pytorch_tanh": partial(nn.GELU, "tanh"), "gelu_new": partial(nn.GELU, "tanh"),
-    "relu": nn.ReLU, "silu": nn.SiLU}
+_tanh = partial(nn.GELU, "tanh")
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {   # by the names of a config.json
+    "quick_gelu": QuickGELU, "gelu": nn.GELU, "gelu_python": nn.GELU, "gelu_tanh": _tanh,
+    "gelu_new": _tanh, "gelu_fast": _tanh, "gelu_pytorch_tanh": _tanh,
+    "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU}
 
 def activation(
     name: str,                                  # a name in `known`
     known: Iterable[str] = tuple(ACTIVATIONS),  # those that a model may have
-) -> type[nn.Module]:                           # for `Mlp`
+) -> Callable[[], nn.Module]:                   # for `Mlp`
     "The activation of a name; raises `ValueError` for another one."
     if name in known: return ACTIVATIONS[name]
     raise ValueError(f"act is one of {', '.join(known)}; got {name!r}")
@@ -62,6 +63,8 @@ def activation(
 # %% ../../nbs/nn/10_blocks.ipynb #3075e8d4
 class Block(nn.Module):
     "Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)) (ViT eq. 2–3)."
+    forward_methods = ("attend", "attend_with_row", "feed")   # may be called beside `forward`
+
     def __init__(
         self,
         dim: int,                       # width D
@@ -79,7 +82,7 @@ class Block(nn.Module):
         self.attn = (CosineAttention if cosine else Attention)(dim, heads, bias)
         if mlp_ratio <= 0: raise ValueError(f"mlp_ratio must be above 0, got {mlp_ratio}")
         if layer_scale < 0: raise ValueError(f"layer_scale must not be below 0, got {layer_scale}")
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio + 1e-6), act)   # a quotient may be rounded down
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path is a chance in [0, 1), got {drop_path}")
         self.drop_path = DropPath(drop_path)
@@ -104,6 +107,15 @@ class Block(nn.Module):
         "First half, where tokens meet: add attention."
         return self.add(x, self.attn(self.norm1(x), mask, causal), self.gamma_1)
 
+    def attend_with_row(
+        self,
+        x: Tensor,              # (B, …, N, D)
+        row: int = 0,           # which query token; 0 is the class token
+    ) -> tuple[Tensor, Tensor]:  # (B, …, N, D), and weights (B·…, heads, N)
+        "First half, and the attention of one token, see `attention_row`."
+        y, weights = self.attn(self.norm1(x), row=row)
+        return self.add(x, y, self.gamma_1), weights
+
     def feed(
         self,
         x: Tensor,  # (B, …, D)
@@ -126,12 +138,13 @@ class LastBlock(Block):
     "A block of which only the last n tokens are read: all answer, n ask and go on."
     def forward(
         self,
-        x: Tensor,  # (B, N, D)
-        n: int,     # how many
-    ) -> Tensor:    # (B, n, D)
+        x: Tensor,             # (B, N, D)
+        n: int | None = None,  # how many; None: all
+    ) -> Tensor:               # (B, n, D)
         "Attend and feed for the last n tokens."
-        q, k, v = self.attn.split(self.norm1(x), queries=n)
-        return self.feed(self.add(x[:, -n:], self.attn.merge(q, k, v), self.gamma_1))
+        if n is None: return super().forward(x)
+        y = self.attn(self.norm1(x), queries=n)
+        return self.feed(self.add(x[:, -n:], y, self.gamma_1))
 
 # %% ../../nbs/nn/10_blocks.ipynb #da15740d
 def take_indices(

@@ -45,9 +45,11 @@ def pixel_target(
     tubelet: int,                    # frames per token
     stats: str | None = "imagenet",  # statistics to undo, see `pixel_cubes`
     tokens: Tensor | None = None,    # long (B, n) which tokens; None: all
+    normalize: bool = True,          # False: the pixels as they are, in [0, 1]
 ) -> Tensor:                         # (B, n, tubelet·patch·patch·3), channel fastest
     "What the decoder must write: pixels, normalised per cube and channel (VideoMAE §3)."
     cubes = pixel_cubes(clip, patch, tubelet, stats, tokens)
+    if not normalize: return cubes.flatten(2)
     mean, std = cube_stats(cubes)
     return (cubes - mean).div_(std).flatten(2)
 
@@ -66,7 +68,9 @@ def reconstruction_loss(
 def paint(
     prediction: Tensor,  # (B, n, L·3) normalised pixels
     cubes: Tensor,       # (B, n, L, 3) the true pixels of the same tokens, which lend mean and contrast
+    normalize: bool = True,  # as in `pixel_target`
 ) -> Tensor:             # (B, n, L, 3) pixels
     "Undo the normalisation of the target."
+    if not normalize: return prediction.float().view_as(cubes)
     mean, std = cube_stats(cubes)
     return prediction.float().view_as(cubes) * std + mean

@@ -66,7 +66,7 @@ def windows(
 # %% ../../nbs/tasks/60_features.ipynb #33a3cf4d
 @torch.no_grad()
 def extract_features(
-    encode: Callable[[Tensor], Tensor],  # clips (B, 3, T, size, size) → features (B, D), such as `model.pool`
+    encode: Callable[[Tensor], Tensor],  # clips (B, 3, T, size, size) → features (B, D)
     source: str | Path | bytes,          # a video
     *, window: int = 16,                 # frames in a window
     stride: int = 4,                     # frames from one window to the next

@@ -40,7 +40,8 @@ def fusion_costs(
 ) -> dict[str, int]:     # "parameters" and "FLOPs" of the fusion; "backbone": FLOPs of everything before it
     "What the global blocks and their joining cost for one clip; a multiplication and an addition are two FLOPs."
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as before: layers = model.layers(clip[None], model.global_layers)
+        with FlopCounterMode(display=False) as before:
+            _, layers = model.forward_intermediates(clip[None], model.global_layers)
         with FlopCounterMode(display=False) as counter: model.fusion(layers)
     return {"parameters": sum(p.numel() for p in model.fusion.parameters()), "FLOPs": counter.get_total_flops(), "backbone": before.get_total_flops()}
 
@@ -128,7 +129,9 @@ class FusionExplorer(Explorer):
         "Costs and attention rows of one model, computed once."
         if (name, blocks) not in self.seen:
             model = self.models[name, blocks].eval()
-            with torch.no_grad(): rows = query_attention(model.fusion, model.layers(self.clip[None], model.global_layers))
+            with torch.no_grad():
+                _, layers = model.forward_intermediates(self.clip[None], model.global_layers)
+                rows = query_attention(model.fusion, layers)
             self.seen[name, blocks] = fusion_costs(model, self.clip), rows
         return self.seen[name, blocks]
 
