@@ -4,13 +4,11 @@ Everything that the lab needs to know of them stands here."""
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from timm.models import register_model
 from torch import nn
 
 from vfm_lab.config import Part, Recipe
 from vfm_lab.golden import golden
-from vfm_lab.inputs import InputSpec
 from vfm_lab.models.checkpoints import rename
 from vfm_lab.models.registry import layout
 from vfm_lab.nn.blocks import Block
@@ -115,6 +113,7 @@ class ToyAdapted(ToyClassifier):
     "The toy classifier with frozen blocks and a detour behind each."
     def __init__(self, num_classes=3, **vit):
         super().__init__(num_classes, **vit, block=lambda i: ToyAdapter(vit["dim"], vit["heads"]))
+        self.config.pop("block")   # its name says which block it has
         self.patch_embed.requires_grad_(False)
 
 
