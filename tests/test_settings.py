@@ -41,18 +41,19 @@ def mae_config(**more):
 def ours(config, **more):
     return dict(image_size=32, patch=8, frames=4, dim=24, depth=2, heads=3, mlp_ratio=60 / 24,
                 act=config.hidden_act, eps=config.layer_norm_eps,
-                bias="qv" if config.qkv_bias else "none", **more)
+                bias="qv", **more)
 
 
 @pytest.mark.parametrize("more", [
     {}, {"hidden_act": "gelu_new"}, {"hidden_act": "relu"}, {"hidden_act": "silu"}, {"layer_norm_eps": 0.01},
-    {"norm_pix_loss": False}, {"qkv_bias": False}, {"decoder_intermediate_size": 7}], ids=str)
+    {"norm_pix_loss": False}, {"decoder_intermediate_size": 7}, {"use_mean_pooling": True}], ids=str)
 def test_videomae_pretraining_of_transformers(more):
-    config = mae_config(**more)
+    config = mae_config(**{"use_mean_pooling": False} | more)
     theirs = filled(transformers.VideoMAEForPreTraining(config))
     mine = VideoMAE(0.5, decoder_dim=18, decoder_depth=2, decoder_heads=3, decoder_norm_eps=1e-5,
                     decoder_mlp_ratio=config.decoder_intermediate_size / 18,
-                    norm_pix_loss=config.norm_pix_loss, **ours(config)).eval()
+                    norm_pix_loss=config.norm_pix_loss,
+                    final_norm=not config.use_mean_pooling, **ours(config)).eval()
     load_weights(mine, theirs.state_dict(), from_transformers)
     clip = clips()
     with torch.no_grad():
