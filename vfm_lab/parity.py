@@ -272,6 +272,11 @@ def internvideo_multimodal(
             "text_embedding": text, "text_tokens": words, "masked_positions": hidden, "text_embedding_masked": model.read(ids, hidden)[0],
             "similarity": model.similarity(video, text), "visual_queries": seen, "caption_logits": logits, "caption_loss": caption_loss(logits, ids, ignored)}
 
+# %% ../nbs/20_parity.ipynb #9547a179
+from .models.bert import run_bert
+
+system("bert")(run_bert)
+
 # %% ../nbs/20_parity.ipynb #04d58c10
 @dataclass
 class Line:
