@@ -22,7 +22,7 @@ PAGE, PAGES = "application/vnd.vfm-lab.page", ROOT/"docs/pages"   # what an expl
 MATHJAX = ROOT/"docs/vendor/tex-svg-full.js"
 MATHS = r"window.MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']], processEscapes: true}};"
 REMOTE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")   # a remote badge leaves its words
-WALK = ("index.ipynb", "tour.ipynb", "00_lab.ipynb", "02_files.ipynb", "03_inputs.ipynb", "data", "tokens", "nn", "objectives", "models", "train", "adapt", "tasks", "viz",
+WALK = ("index.ipynb", "tour.ipynb", "00_lab.ipynb", "02_files.ipynb", "03_inputs.ipynb", "04_text.ipynb", "data", "tokens", "nn", "objectives", "models", "train", "adapt", "tasks", "viz",
         "studies", "05_recipes.ipynb", "10_cli.ipynb", "20_parity.ipynb", "glossary.ipynb", "solutions")
 RELATIVE = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
 META = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}

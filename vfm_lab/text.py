@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['pad_ids', 'Tokenizer', 'JsonTokenizer', 'word_tokenizer']
 
-# %% ../nbs/04_text.ipynb #dc17bd7a
+# %% ../nbs/04_text.ipynb #f83f7371
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .files import printable
+from .files import printable, read_text
 
 if TYPE_CHECKING: from tokenizers import Tokenizer as Rules
 
@@ -52,17 +53,15 @@ class Tokenizer(Protocol):
     ) -> list[str]:     # without start, end and padding
         "Texts of ids."
 
-# %% ../nbs/04_text.ipynb #43db3e5b
-def _rules(source: "str | Path | Rules") -> "Rules":
+# %% ../nbs/04_text.ipynb #ec09db6b
+def _rules(source: "str | Path | dict | Rules") -> "Rules":
     "A copy of the rules, for they are changed; raises `ValueError` naming the file."
     from tokenizers import Tokenizer as Rules
-    try:
-        if isinstance(source, Rules): return Rules.from_str(source.to_str())
-        text = str(source)
-        return Rules.from_str(text) if text.lstrip().startswith("{") else Rules.from_file(text)
+    if isinstance(source, Rules): return Rules.from_str(source.to_str())
+    try: return Rules.from_str(json.dumps(source) if isinstance(source, dict) else read_text(source))
     except Exception as e:   # tokenizers raises nothing narrower
-        name = printable(str(source))[:200]
-        raise ValueError(f"{name}: not a tokenizer ({printable(str(e))})") from None
+        name, why = "a dict" if isinstance(source, dict) else source, printable(str(e))
+        raise ValueError(f"{printable(str(name))}: not a tokenizer ({why})") from None
 
 def _unknown(rules: "Rules", text: str) -> str:
     "The words of a text without a number, for a message."
@@ -73,12 +72,12 @@ def _unknown(rules: "Rules", text: str) -> str:
     few = f"; it knows {' '.join(sorted(names, key=names.get))}" if len(names) <= 64 else ""
     return f"unknown: {' '.join(map(repr, odd[:5]))}{few}"
 
-# %% ../nbs/04_text.ipynb #94b9c2f1
+# %% ../nbs/04_text.ipynb #bdf2a65a
 class JsonTokenizer:
     "A `tokenizer.json` as a `Tokenizer`."
     def __init__(
         self,
-        source: "str | Path | Rules",  # a tokenizer.json, its content, or a `tokenizers.Tokenizer`
+        source: "str | Path | dict | Rules",  # a tokenizer.json, what is in it, or a `tokenizers.Tokenizer`
         longest: int | None = None,    # tokens that a tower reads, L; None: any number
         truncate: bool = False,        # cut longer texts, and keep their end token; False: an error
         pad: int | None = None,        # fills short rows; None: as the file says, or 0
@@ -126,7 +125,7 @@ class JsonTokenizer:
 
     def _inner(self, row: list[int]) -> list[int]:
         if len(self.frame) > 1 and row[:1] == [self.start]: row = row[1:]
-        if self.end in row: row = row[:row.index(self.end)]
+        if self.end in row: return row[:row.index(self.end)]
         while row and self.end is not None and row[-1] == self.pad: row = row[:-1]
         return row
 

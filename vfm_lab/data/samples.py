@@ -6,8 +6,8 @@
 __all__ = ['Kind', 'KINDS', 'BY_TYPE', 'clip', 'tensor', 'number', 'text', 'seed', 'ids', 'features', 'span', 'kind_of',
            'collate', 'tokenized']
 
-# %% ../../nbs/data/25_samples.ipynb #19e60a5a
-from collections.abc import Callable, Mapping, Sequence
+# %% ../../nbs/data/25_samples.ipynb #0d43885d
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -76,7 +76,7 @@ def span(name: str, values: list, views: list[int]) -> dict[str, Any]:
     for row in rows:
         if row.shape == (2,) and row.isfinite().all() and row[0] <= row[1]: continue
         raise ValueError(f"{name!r}: a moment is a start and an end behind it, got {row.tolist()}")
-    return {name: torch.stack([row.to(torch.result_type(rows[0], row)) for row in rows])}
+    return {name: torch.stack(rows)}
 
 # %% ../../nbs/data/25_samples.ipynb #af18edc6
 KINDS: dict[str, Kind] = {"clip": clip, "seed": seed, "ids": ids, "features": features, "span": span,
