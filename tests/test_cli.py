@@ -32,7 +32,8 @@ from vfm_lab.tasks.classify import classify
 from vfm_lab.tasks.features import extract_features, load_features
 from vfm_lab.tasks.finetune import evaluate as measure
 from vfm_lab.tasks.retrieval import (
-    Towers, open_towers, save_towers, search as find, video_index, word_tokenizer, zero_shot)
+    Towers, open_towers, save_towers, search as find, video_index, zero_shot)
+from vfm_lab.text import word_tokenizer
 from vfm_lab.train.loop import sharded
 from vfm_lab.train.resume import checkpoints
 
@@ -419,7 +420,7 @@ def test_search_with_an_official_file(tmp_path, monkeypatch, capsys):
     "InternVideo's layout, CLIP's statistics and eight frames; the tokenizer comes from outside."
     state = {f"clip.{k}": v for k, v in fill(official_multimodal(dim=64, width=64)).items()}
     torch.save({"state_dict": state}, tmp_path / "mm.ckpt")
-    word_tokenizer([f"w{i}" for i in range(100)]).save(str(tmp_path / "t.json"))
+    (tmp_path / "t.json").write_text(word_tokenizer([f"w{i}" for i in range(100)]).to_str())
     towers = open_towers(tmp_path / "mm.ckpt", tmp_path / "t.json")
     assert (towers.stats, towers.frames, towers.size, towers.context, towers.vocab) == ("clip", 8, 32, 12, 100)
     ask = ("search", "w5 w7", "--videos", asset("clips/tour.mp4"), asset("clips/moments.mp4"), "--weights", tmp_path / "mm.ckpt", "--index", tmp_path / "i.safetensors")

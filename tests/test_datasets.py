@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from vfm_lab.data.datasets import (VideoCaptions, VideoDataset, VideoFolder, VideoManifest, collate, make_loader, read_manifest,
+from vfm_lab.data.datasets import (VideoCaptions, VideoDataset, VideoFolder, VideoManifest, make_loader, read_manifest,
                                    skip_report, view_indices)
 from vfm_lab.data.reader import VideoReadError, linspace_indices, sparse_indices
+from vfm_lab.data.samples import collate
 from vfm_lab.data.synth import SynthDataset, save_clip, synth_clips
 from vfm_lab.inputs import STATS
 from vfm_lab.data.transforms import (CROPS, crop_resize, denormalize, eval_transform, mixup, multi_scale_box, normalize,

@@ -10,7 +10,8 @@ import vfm_lab
 NAMES = [m.name for m in pkgutil.walk_packages(vfm_lab.__path__, "vfm_lab.") if ".exercises" not in m.name and not m.name.endswith("_modidx")]
 PUBLIC = [getattr(m, name) for m in map(importlib.import_module, NAMES) for name in getattr(m, "__all__", ())]
 CLASSES = [o for o in PUBLIC if inspect.isclass(o) and o.__module__.startswith("vfm_lab.")]   # not names of types such as dict[str, Tensor]
-METHODS = [f for c in CLASSES for name, f in vars(c).items() if inspect.isfunction(f) and (name == "__init__" or not name.startswith("_"))]
+METHODS = [f for c in CLASSES for name, f in vars(c).items()
+           if inspect.isfunction(f) and f.__module__ != "typing" and (name == "__init__" or not name.startswith("_"))]   # a protocol gets typing's __init__
 FUNCTIONS = [o for o in PUBLIC if inspect.isfunction(o)] + METHODS
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADDRESSES', 'Texts', 'Items', 'read_manifest', 'load_clip', 'VideoDataset', 'Found', 'find_videos', 'VideoFolder',
-           'VideoManifest', 'VideoCaptions', 'check_labels', 'collate', 'EpochSampler', 'skip_report', 'Loader',
-           'make_loader', 'view_indices', 'write_shards', 'shard_plan', 'Sample', 'VideoShards']
+           'VideoManifest', 'VideoCaptions', 'check_labels', 'EpochSampler', 'skip_report', 'Loader', 'make_loader',
+           'view_indices', 'write_shards', 'shard_plan', 'Sample', 'VideoShards']
 
 # %% ../../nbs/data/30_datasets.ipynb #110bedbe
 import csv
@@ -33,6 +33,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from .reader import VIDEO_SUFFIXES, VideoReadError, read_frames, sparse_indices
+from .samples import collate
 from .transforms import eval_transform
 from ..files import parse_json, printable, read_json, read_text, replacing, write_json
 from ..inputs import item_generator
@@ -534,26 +535,6 @@ def _checked(label: Any, num_classes: int | None) -> int:
         raise ValueError(f"label {label}, classes are 0 to {num_classes - 1}")
     return int(label)
 
-# %% ../../nbs/data/30_datasets.ipynb #d719c4bf
-def collate(
-    items: list[dict],  # items of a dataset; "clip" is (3, T, H, W), or (V, 3, T, H, W) for V views
-) -> dict:              # "clip" (B·V, 3, T, H, W); tensors and lists of length B·V; "skipped": all messages
-    "A batch dict; views become clips of their own."
-    skipped = [message for item in items for message in item.get("skipped", [])]
-    items = [item for item in items if "clip" in item]   # a dropped one left its message only
-    if not items: return {"skipped": skipped}
-    many = [1 if item["clip"].ndim == 4 else len(item["clip"]) for item in items]
-    batch = {"clip": torch.cat([item["clip"].view(-1, *item["clip"].shape[-4:]) for item in items])}
-    for key in [k for k in items[0] if k not in ("clip", "skipped")]:
-        if lacks := [i for i, item in enumerate(items) if key not in item]:
-            raise ValueError(f"{items[lacks[0]].get('name', items[lacks[0]].get('path'))}: has no "
-                             f"{key!r}, which another clip of its batch has")
-        values = [item[key] + k * (key == "seed") if key == "seed" else item[key] for item, v in zip(items, many) for k in range(v)]
-        if torch.is_tensor(values[0]): batch[key] = torch.stack(values)
-        else: batch[key] = torch.tensor(values) if isinstance(values[0], (int, float)) else values
-    if "skipped" in items[0]: batch["skipped"] = skipped
-    return batch
-
 # %% ../../nbs/data/30_datasets.ipynb #7b91276e
 class EpochSampler(Sampler):
     "The order of an epoch, a function of seed and epoch; each pass is the next epoch."
@@ -627,13 +608,14 @@ class Loader(DataLoader):
 
 # %% ../../nbs/data/30_datasets.ipynb #f6ec77df
 def make_loader(
-    dataset: Dataset,         # map-style, items are dicts with "clip"
+    dataset: Dataset,         # map-style, items are dicts
     batch_size: int,          # decoded clips per batch, B; with V views the batch holds B·V
     *, shuffle: bool = False, # a new order in each epoch
     workers: int = 0,         # processes that decode; 0: this one
     seed: int = 0,            # decides order and augmentation
     drop_last: bool = False,  # leave out the last batch if it is smaller
     timeout: float = 600,     # seconds to wait for a batch of the workers; then `TimeoutError`
+    collate: Callable = collate,  # list of items -> batch, a dict
 ) -> Loader:                  # the same batches for any number of workers
     "Batches that depend on seed, epoch and index only; raises `ValueError` if there would be none."
     if isinstance(getattr(dataset, "dataset", None), VideoDataset):
@@ -839,7 +821,7 @@ class _Stream(IterableDataset):
         stream = int(torch.randint(2**31, (), generator=item_generator(self.seed, self.epoch)))
         used = len(range(worker, min(self.start, batches), workers))
         clips = _clips(self.of, samples, stream, size * used)
-        for _ in mine[used:]: yield collate(list(islice(clips, size)))
+        for _ in mine[used:]: yield self.of.collate(list(islice(clips, size)))
 
 # %% ../../nbs/data/30_datasets.ipynb #9e5972db
 def _unpack(sample: Sample, num_classes: int | None) -> tuple[dict, BytesIO]:
@@ -964,6 +946,7 @@ class VideoShards(_Shards):
         seed: int = 0,                       # of a plain `for batch in loader`; `fit` has its own
         num_classes: int | None = None,      # K: labels that are not 0 … K-1 raise `ValueError`
         timeout: float = 600,                # seconds to wait for a worker; then `TimeoutError`
+        collate: Callable = collate,         # list of items -> batch, see `make_loader`
     ):
         _check_options(views, on_error, ("raise", "skip"))
         if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -973,6 +956,7 @@ class VideoShards(_Shards):
         self.transform = transform or eval_transform(224)
         self.views, self.on_error, self.shuffle, self.workers = views, on_error, shuffle, workers
         self.seed, self.num_classes, self.timeout, self.epoch = seed, num_classes, timeout, 0
+        self.collate = collate
         lost = _lost(self.root, self.counts)
         if lost and on_error == "raise":
             raise ValueError(f"{index}: no file {printable(lost[0])} ({len(lost)} of "
