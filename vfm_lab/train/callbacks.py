@@ -25,8 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from ..files import replacing
-from .resume import batch_len, validation_share
+from .resume import RunError, batch_len, validation_share
 from .run import Run, TrainConfig
 
 # %% ../../nbs/train/20_callbacks.ipynb #b0cdbaba
@@ -303,8 +302,8 @@ class Record(Callback):
         self.file, config, here = None, run.config, run.accelerator
         if config.folder:
             path = Path(config.folder) / "log.jsonl"
-            with replacing(path) as draft: draft.write_text("".join(_lines(run)))
-            self.file = path.open("a")
+            self.file = path.open("w", encoding="utf-8")
+            self._write(_lines(run))
         if not config.log: return
         named = Path(config.folder).name if config.folder else None
         more = {"wandb": dict(name=named), "tensorboard": dict(purge_step=run.step + 1)}
@@ -313,14 +312,18 @@ class Record(Callback):
 
     def on_step(self, run: Run) -> None:
         values = run.new(run.step)
-        if self.file:
-            self.file.write(_line(run.step, values))
-            self.file.flush()
+        if self.file: self._write([_line(run.step, values)])
         run.accelerator.log(values, step=run.step)
 
     def on_end(self, run: Run) -> None:
         if self.file: self.file.close()
         for tracker in run.accelerator.trackers: tracker.finish()
+
+    def _write(self, lines):
+        try:
+            self.file.writelines(lines)
+            self.file.flush()
+        except OSError as e: raise RunError(f"cannot write {self.file.name} ({e.strerror})") from e
 
 def _line(step, values):
     "JSON has no NaN and no infinity: those become text."
