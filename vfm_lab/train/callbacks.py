@@ -205,10 +205,10 @@ class Watcher(Callback):
     ):
         if mode not in ("min", "max"):
             raise ValueError(f"mode: expected 'min' or 'max', got {mode!r}")
-        self.monitor, self.mode, self.state = monitor, mode, {}
+        self.monitor, self.mode, self.state = monitor, mode, self._fresh()
 
     def on_start(self, run: Run) -> None:
-        if run.step == 0: self.state = dict(best=None, step=0, waited=0)
+        if run.step == 0: self.state = self._fresh()
 
     def on_step(self, run: Run) -> None:
         value = run.new(run.step).get(self.monitor)
@@ -220,6 +220,8 @@ class Watcher(Callback):
 
     def on_value(self, run: Run, value: float, better: bool) -> None:
         "A step brought a value of the curve; is it better than all before?"
+
+    def _fresh(self): return dict(best=None, step=0, waited=0)
 
     def _better(self, value, step):
         sign, best = 1 if self.mode == "min" else -1, self.state["best"]

@@ -23,7 +23,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, broadcast, gather_object, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, gather_object, send_to_device)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -196,7 +197,9 @@ def _accelerator(config):
         raise ValueError("fit shards by itself: set shard=True, and launch without FSDP")
     _trackable(config)
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))
-    accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[patience],
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)   # a weight may rest
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    accelerator = Accelerator(mixed_precision=config.precision, kwargs_handlers=[patience, unused],
                               cpu=not torch.accelerator.is_available(),
                               log_with=config.log, project_dir=config.folder)
     if parent_process() is not None:   # launched from a notebook: a fork loses OpenMP's threads

@@ -144,7 +144,7 @@ def make_optimizer(
     "The optimizer of a run, torch's own."
     c = config
     if not isinstance(c.optimizer, str): return c.optimizer(groups, lr=c.lr)
-    if c.optimizer == "sgd": return torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum, fused=True)
+    if c.optimizer == "sgd": return torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[c.optimizer]
     return kind(groups, lr=c.lr, betas=c.betas, eps=c.eps, fused=True)
 
