@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from test_train import Stop, final, history, same_run, toy
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Subset
@@ -418,7 +419,8 @@ def test_trackers_that_are_not_there(monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "get_available_trackers", lambda: [])
     with pytest.raises(ValueError, match="log: 'wandb' is not installed: pip install wandb"):
         go(None, log="wandb")
-    monkeypatch.setattr(loop, "get_available_trackers", lambda: ["tensorboard"])
+    there = [LoggerType.TENSORBOARD]
+    monkeypatch.setattr(loop, "get_available_trackers", lambda: there)
     with pytest.raises(ValueError, match="log: 'tensorboard' writes into the folder"):
         go(None, log="tensorboard")
     go(None)  # and nothing is left behind

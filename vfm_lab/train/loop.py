@@ -45,21 +45,27 @@ def backward(
     accelerator: Accelerator,  # of the run
     model: nn.Module,          # as `accelerator.prepare` returned it
     group: list[dict],         # the batches of one step
-) -> dict[str, float]:         # mean of every scalar that the model returned, over all clips of all processes
+) -> dict[str, float]:         # mean of every scalar that the model returned, over all clips
     "Add up the gradient of the mean loss over all clips of a step, however uneven its batches are."
-    clips = accelerator.reduce(torch.tensor(float(sum(map(batch_len, group))), device=accelerator.device), "sum")   # N, for a start
-    sums, one = {}, torch.ones((), device=accelerator.device)
+    processes, device = accelerator.num_processes, accelerator.device
+    here = torch.tensor(float(sum(map(batch_len, group))), device=device)
+    clips = accelerator.reduce(here, "sum")                           # N, for a start
+    counted, sums = torch.zeros((), device=device), {}
     for i, batch in enumerate(group):
-        with nullcontext() if i + 1 == len(group) else accelerator.no_sync(model):
-            out = model(send_to_device(batch, accelerator.device))
-            weight = out.pop("weight", one * batch_len(batch))   # n_j
-            accelerator.backward(out["loss"] * (weight * accelerator.num_processes / clips))
-        for name, v in (out | {"": one}).items():
-            if torch.is_tensor(v) and v.ndim == 0: sums[name] = sums.get(name, 0) + v.detach().float() * weight
-    total, *sums_all = accelerator.reduce(torch.stack([sums.pop(""), *sums.values()]), "sum")   # N, and a sum for each curve
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    if total != clips: torch._foreach_mul_(grads, (clips / total).item())
-    return {name: (s / total).item() for name, s in zip(sums, sums_all)}
+        last = i + 1 == len(group)
+        with nullcontext() if last else accelerator.no_sync(model):
+            out = model(send_to_device(batch, device))
+            weight = out.pop("weight", torch.ones_like(counted) * batch_len(batch))   # n_j
+            accelerator.backward(out["loss"] * (weight * processes / clips))
+        counted = counted + weight.float()
+        for name, value in out.items():
+            if not torch.is_tensor(value) or value.ndim: continue
+            sums[name] = sums.get(name, 0) + value.detach().float() * weight
+    totals = accelerator.reduce(torch.stack([counted, *sums.values()]), "sum")
+    if totals[0] != clips:                                            # the right N, after all
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        torch._foreach_mul_(grads, (clips / totals[0]).item())
+    return {name: (total / totals[0]).item() for name, total in zip(sums, totals[1:])}
 
 # %% ../../nbs/train/10_loop.ipynb #63fe2a5d
 def clip_gradient(
@@ -113,9 +119,11 @@ class NonFiniteLoss(FloatingPointError):
         self.step, self.lr, self.names = step, lr, names
 
 def _stop(run, group, loss, norm, lr):
-    names = gather_object([str(name) for batch in group for name in batch.get("name", batch.get("path", []))])
+    here = [batch.get("name", batch.get("path", [])) for batch in group]
+    names = gather_object([str(name) for some in here for name in some])
     clips = ", ".join(names) or "the batch has no names"
-    message = f"loss {loss}, gradient norm {norm} at step {run.step + 1}, lr {lr:.2e}, clips: {clips}"
+    where = f"at step {run.step + 1}, lr {lr:.2e}, clips: {clips}"
+    message = f"loss {loss}, gradient norm {norm} {where}"
     if run.config.folder:
         run.batch -= run.config.accumulate   # this step has not happened
         try: message += f". The last good state is in {save_checkpoint(run)}"
@@ -174,7 +182,7 @@ def sharded(
 ) -> nn.Module:                # the same module
     """Spread a model over all processes, block by block, the rest as one more part.
 
-    Single numbers stay whole. Raises `ValueError` for fp16, and on a CPU for a torch that cannot."""
+    Single numbers stay whole. Raises `ValueError` for fp16, and on a CPU if torch cannot."""
     if accelerator.mixed_precision == "fp16":
         raise ValueError("a sharded run cannot scale fp16 gradients: use bf16")
     if accelerator.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
@@ -208,13 +216,14 @@ def _accelerator(config):
         raise ValueError("fp16 needs a GPU; a CPU can use bf16")
     return accelerator
 
+# %% ../../nbs/train/10_loop.ipynb #ac9129fc
 def _trackable(config):
     "Accelerate leaves out a tracker that is not installed, without a word; we raise `ValueError`."
     if not isinstance(config.log, str): return
     if config.log not in LOGGER_TYPE_TO_CLASS:
         names = ", ".join(map(str, LOGGER_TYPE_TO_CLASS))
         raise ValueError(f"log: expected one of {names}, got {config.log!r}")
-    if config.log not in get_available_trackers():
+    if config.log not in map(str, get_available_trackers()):
         raise ValueError(f"log: {config.log!r} is not installed: pip install {config.log}")
     if LOGGER_TYPE_TO_CLASS[config.log].requires_logging_directory and not config.folder:
         raise ValueError(f"log: {config.log!r} writes into the folder of the run, give it one")
@@ -289,6 +298,7 @@ def called(
         raise
     for error in _end(begun, run): raise error
 
+# %% ../../nbs/train/10_loop.ipynb #3677a713
 def _remind(run, name, callback):
     "Give a callback what it knew when the checkpoint was written."
     if not run.step or not callback.state_dict(): return
@@ -349,6 +359,7 @@ def fit(
         if run.stop: run.accelerator.print(f"stopped after step {run.step}: {run.stop}")
     return run.history
 
+# %% ../../nbs/train/10_loop.ipynb #058b73d8
 def _due(run):
     "Is it time for a checkpoint?"
     regular = run.config.save_every and run.step % run.config.save_every == 0

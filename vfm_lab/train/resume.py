@@ -44,7 +44,7 @@ if TYPE_CHECKING:   # only named here
 def seed_everything(
     *key: int | str,   # what the random numbers may depend on, such as (seed, epoch, item)
 ) -> None:
-    "Seed Python, NumPy and torch (all devices) from a key; the same key always gives the same numbers."
+    "Seed Python, NumPy and torch (all devices) from a key; the same key gives the same numbers."
     bits = _bits(*key)
     random.seed(bits)
     np.random.seed(bits % 2**32)
@@ -54,18 +54,20 @@ def _bits(*key): return random.Random("/".join(map(str, key))).getrandbits(64)
 
 # %% ../../nbs/train/30_resume.ipynb #881c88fb
 class _Seeded(Dataset):
-    "A dataset asked for (epoch, i): the random numbers of item i depend on the seed, the epoch and i."
+    "A dataset asked for (epoch, i): the random numbers of an item depend on seed, epoch and i."
     def __init__(self, dataset, seed): self.dataset, self.seed = dataset, seed
     def __len__(self): return len(self.dataset)
     def __getitem__(self, key):
         seed_everything(self.seed, *key)
         item = self.dataset[key[1]]
-        return {**item, "seed": _bits("clip", self.seed, *key) >> 2} if isinstance(item, dict) else item
+        if not isinstance(item, dict): return item
+        return {**item, "seed": _bits("clip", self.seed, *key) >> 2}
 
 class _Order:
-    "A batch sampler: this process's share of each batch of `epoch`, from batch `start` on, as keys (epoch, i)."
+    "A batch sampler: of each batch of `epoch`, from `start` on, this process's keys (epoch, i)."
     def __init__(self, loader, seed, rank, world):
-        self.loader, self.seed, self.rank, self.world, self.epoch, self.start = loader, seed, rank, world, 0, 0
+        self.loader, self.seed, self.rank, self.world = loader, seed, rank, world
+        self.epoch, self.start = 0, 0
     def __len__(self): return len(self.loader.batch_sampler)
     def __iter__(self):
         for batch in _keys(self.loader, self.seed, self.epoch)[self.start:]:
@@ -87,7 +89,7 @@ def batch_len(
 
 # %% ../../nbs/train/30_resume.ipynb #070a33dc
 def _replay(loader, seed, rank, world, epoch, start=0):
-    "The same for a loader that can only be read from its beginning: every process reads all and keeps its share."
+    "The same for a loader that is read from its beginning: every process reads all of it."
     seed_everything(seed, epoch)
     batches = iter(loader)
     for i in count():
@@ -96,16 +98,19 @@ def _replay(loader, seed, rank, world, epoch, start=0):
         except StopIteration: return
         if i >= start and (n := batch_len(batch)) >= world:
             batch = {**batch, "seed": (_bits("clip", seed, epoch, i) >> 2) + torch.arange(n)}
-            yield {k: v[rank::world] if isinstance(v, (list, tuple)) or torch.is_tensor(v) and v.ndim else v for k, v in batch.items()}
+            yield {k: v[rank::world] if _rows(v) else v for k, v in batch.items()}
+
+def _rows(value):
+    return isinstance(value, (list, tuple)) or torch.is_tensor(value) and value.ndim > 0
 
 # %% ../../nbs/train/30_resume.ipynb #1d502575
 def fixed_order(
-    loader: Iterable[dict],  # a DataLoader, or anything that can be iterated once per epoch; batches are dicts
+    loader: Iterable[dict],  # a DataLoader, or anything that gives an epoch when iterated
     seed: int,               # decides order and augmentation
     rank: int = 0,           # this process …
     world: int = 1,          # … of so many
 ) -> Callable:               # (epoch, start=0) -> the batches of that epoch, from batch `start` on
-    "Read a loader so that each batch depends on seed, epoch and its place only; of each batch, this process's share."
+    "Read a loader so that a batch depends on seed, epoch and place only; this process's share."
     if hasattr(loader, "fixed_order"): return loader.fixed_order(seed, rank, world)
     if not _indexed(loader): return partial(_replay, loader, seed, rank, world)
     order = _Order(loader, seed, rank, world)
@@ -134,7 +139,7 @@ def validation_share(
 ) -> Callable:               # () -> pairs: a batch, and whether it counts
     """Read all of a loader for a validation, this process its share.
 
-    A loader that can only be read from its beginning is read, and counted, whole by each process."""
+    What can only be read from its beginning is read, and counted, whole by each process."""
     if not _indexed(loader): return partial(_whole, loader, seed)
     batches = _keys(loader, seed, -1)   # no epoch of the training
     mine = [batch[rank::world] or batch[:1] for batch in batches]
@@ -254,8 +259,12 @@ def save_checkpoint(
     if inner.state: averages = get_optimizer_state_dict(run.model, inner, options=_WHOLE)
     return together(run.accelerator, partial(_write, run, weights, averages))
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)   # parts put together, on the first process
-def _inner(optimizer): return getattr(optimizer, "optimizer", optimizer)   # out of Accelerate's wrapper
+# parts put together, on the first process
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+def _inner(optimizer):
+    "Out of Accelerate's wrapper."
+    return getattr(optimizer, "optimizer", optimizer)
 
 # %% ../../nbs/train/30_resume.ipynb #0d60d57a
 def _write(run, weights, averages):
@@ -342,6 +351,7 @@ def _as_numbers(history):
     return {name: [float(v) if isinstance(v, str) else v for v in vs]
             for name, vs in history.items()}
 
+# %% ../../nbs/train/30_resume.ipynb #f19b2e14
 def _reason(error):
     "The first line of an error, not too long, or its kind."
     if isinstance(error, OSError) and isinstance(error.filename, (str, Path)):
@@ -412,6 +422,7 @@ def _tensors(path, state, run):
     saved = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     return weights, saved
 
+# %% ../../nbs/train/30_resume.ipynb #f76d4682
 _FREE = ("folder", "save_every", "keep", "compile", "recompute", "shard", "log",
          "timeout")   # no result
 def _differences(path, state, run):
