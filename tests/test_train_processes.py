@@ -92,3 +92,28 @@ def test_all_processes_validate_stop_and_fall_as_one(judged, tmp_path, processes
     assert best_checkpoint(tmp_path / "run").name == best_checkpoint(folder / "run").name
     for name, weight in final(folder).items():
         assert_close(final(tmp_path)[name], weight, atol=1e-3, rtol=1e-2)
+
+
+KINDS = [dict(), dict(optimizer="sgd"), dict(optimizer="adam", schedule="restarts", cycle=2)]
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_a_sharded_run_goes_on_whole_and_a_whole_one_sharded(tmp_path, options):
+    "Averages of numbers that stay whole travel too, and one process may stop them all."
+    whole, one, two = (tmp_path / name for name in ("whole", "one", "two"))
+    for folder in (whole, one):
+        folder.mkdir()
+    want = train_toy.spread(whole, shard=False, **options)
+    together(two, 2, do="spread", stop=3, **options)
+    assert checkpoints(two / "run")[-1].name == "step_00000003"
+    have = [train_toy.spread(two, shard=False, **options)]
+    train_toy.spread(one, shard=False, stop=3, **options)
+    together(one, 2, do="spread", **options)
+    have.append(history(one, 1))
+    weights = [load_file(checkpoints(f / "run")[-1] / "model.safetensors") for f in (whole, one, two)]
+    for found in have:
+        for curve in want.keys() - {"seconds"}:
+            assert_close(found[curve], want[curve], atol=1e-6, rtol=1e-6)
+    for found in weights[1:]:
+        for name, weight in weights[0].items():
+            assert_close(found[name], weight, atol=1e-6, rtol=0)

@@ -166,6 +166,27 @@ def towers(folder, cases):
         Path(folder, f"{where.name}{rank}.json").write_text(json.dumps(history))
 
 
+def spread(folder, steps=6, shard=True, stop=0, **options):
+    "The two towers with an optimizer that remembers, sharded or not."
+    torch.manual_seed(0)
+    config = dict(lr=0.01, clip_grad=0.1, save_every=2, timeout=60, min_lr=1e-3) | options
+    config = TrainConfig(steps=steps, shard=shard, folder=Path(folder) / "run", **config)
+    loader = DataLoader(Sentences(9), batch_size=7, shuffle=True)
+    callbacks = [Pause(stop)] if stop else []
+    history = fit(TwoTowers().double(), loader, config, callbacks=callbacks)
+    Path(folder, f"history{os.environ.get('RANK', '0')}.json").write_text(json.dumps(history))
+    return history
+
+
+class Pause(Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, run):
+        if run.step == self.step:
+            run.stop = "enough for today"
+
+
 def judged(folder, slow=False, **options):
     "Validated on data that do not fit the processes; a plateau, a best checkpoint, an end."
     torch.manual_seed(0)
@@ -188,5 +209,5 @@ if __name__ == "__main__":
     parser.add_argument("options", type=json.loads, nargs="?", default={})
     args = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = dict(train=train, tune=tune, towers=towers, judged=judged)
+    kinds = dict(train=train, tune=tune, towers=towers, judged=judged, spread=spread)
     kinds[args.options.pop("do", "train")](args.folder, **args.options)

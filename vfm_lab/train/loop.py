@@ -153,11 +153,16 @@ def groups(
 def blocks(
     model: nn.Module,    # any module
 ) -> list[nn.Module]:    # the members of its `ModuleList`s, inner ones first
-    "The repeated parts of a model; of a list of lists the inner members."
-    parts = [m for parent in reversed([*model.modules()]) if isinstance(parent, nn.ModuleList)
-             for m in parent if type(m).forward is not nn.Module.forward]
-    return list(dict.fromkeys(parts))   # each once, also if two lists share it
+    "The repeated parts of a model; what only holds others (a list, a dict) is opened."
+    lists = [m for m in reversed([*model.modules()]) if isinstance(m, nn.ModuleList)]
+    parts = [part for one in lists for member in one for part in _opened(member)]
+    return list(dict.fromkeys(parts))   # each once, also if it was met twice
 
+def _opened(module):
+    if type(module).forward is not nn.Module.forward: return [module]
+    return [part for child in module.children() for part in _opened(child)]
+
+# %% ../../nbs/train/10_loop.ipynb #3fa3cf52
 @contextmanager
 def switched(
     model: nn.Module,     # its blocks are changed, and put back
