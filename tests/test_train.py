@@ -88,7 +88,7 @@ def test_kill_while_saving(whole, tmp_path):
     assert code == 0, err
     same_run(whole, tmp_path)
     names = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert names == [".lock", "step_00000035", "step_00000040"]
+    assert names == [".lock", "log.jsonl", "step_00000035", "step_00000040"]
 
 
 def close_runs(one, two):

@@ -23,7 +23,7 @@ from .checkpoints import LAST, CheckpointError, State, layout, load_weights, pee
 from .checkpoints import read_config, rename
 from ..nn.blocks import ACTIVATIONS, Block, activation, run_blocks, take_indices
 from ..nn.vit import BlockTower, Encoder, VideoEncoder
-from ..objectives.contrastive import contrastive_loss
+from ..objectives.contrastive import contrastive_loss, gather_batch
 from ..tokens.patching import TubeletEmbed, gather_tokens
 from ..tokens.positions import resize_positions
 
@@ -322,9 +322,10 @@ class CLIP(VideoEncoder):
         self,
         batch: dict,         # "image" (B, 3, H, W), "ids" long (B, L), and maybe "idx" (B,), equal for captions that say the same
     ) -> dict[str, Tensor]:  # "loss"
-        "Contrastive loss of a batch of pairs; the scale is at most 100."
-        a, b = self.vision(batch["image"]), self.text(batch["ids"])
-        return {"loss": contrastive_loss(a, b, self.logit_scale.exp().clamp(max=100), batch.get("idx"))}
+        "Contrastive loss of a batch of pairs, of all processes together; the scale is at most 100."
+        a, b = gather_batch(self.vision(batch["image"])), gather_batch(self.text(batch["ids"]))
+        idx = gather_batch(batch["idx"]) if "idx" in batch else None
+        return {"loss": contrastive_loss(a, b, self.logit_scale.exp().clamp(max=100), idx)}
 
 # %% ../../nbs/models/10_clip.ipynb #d81b3e33
 def tiny_clip() -> CLIP:  # in evaluation mode

@@ -31,7 +31,7 @@ from ..inputs import InputSpec
 from ..nn.attention import CrossAttention
 from ..nn.blocks import Mlp
 from ..nn.vit import VideoEncoder
-from ..objectives.contrastive import contrastive_loss
+from ..objectives.contrastive import contrastive_loss, gather_batch, gather_mean
 from ..objectives.language import caption_loss
 
 # %% ../../nbs/models/50_internvideo.ipynb #c17c49c5
@@ -262,13 +262,16 @@ class VideoText(VideoEncoder):
         self,
         batch: dict,         # "clip" (B, 3, T, H, W), "ids" long (B, L), and maybe "idx" (B,), equal for captions that say the same
     ) -> dict[str, Tensor]:  # "loss", and its parts "contrastive" and "caption"
-        "Loss of a batch of clips (or of images) and their captions."
+        "Loss of a batch of clips (or of images) and their captions, of all processes together."
         video, tokens = self.forward_video(batch["clip"])
         text, words = self.forward_text(batch["ids"])
-        align = contrastive_loss(video, text, self.scale, batch.get("idx"))
+        idx = gather_batch(batch["idx"]) if "idx" in batch else None
+        align = contrastive_loss(gather_batch(video), gather_batch(text), self.scale, idx)
         if self.decoder is None: return {"loss": align, "contrastive": align.detach()}
+        ignored = behind_end(batch["ids"])
         scores = self.decoder(words[:, :-1], self.decoder.summarize(tokens))
-        write = caption_loss(scores, batch["ids"], behind_end(batch["ids"]))
+        write = caption_loss(scores, batch["ids"], ignored)
+        write = gather_mean(write, (~ignored[:, 1:]).sum())
         return {"loss": align + self.caption_weight * write, "contrastive": align.detach(), "caption": write.detach()}
 
     @torch.no_grad()
