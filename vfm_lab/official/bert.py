@@ -28,8 +28,8 @@ def bert_sizes(
 layout("bert", BERT, has=[r"(bert\.)?embeddings\.word_embeddings", r"(bert\.)?encoder\.layer\."],
        sizes=bert_sizes)(from_official);
 
-# %% ../../nbs/official/45_bert.ipynb #d6165bd4
-@golden("bert", unused=["batch", "length"])
+# %% ../../nbs/official/45_bert.ipynb #6cf959b6
+@golden("bert", unused=["batch", "length", "context_length", "cross_attention"])
 def run_bert(
     case: Case,    # of BERT
 ) -> Outputs:
