@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-from vfm_lab.tokens.masking import (attention_sampled_mask, check_dual_mask, frame_mask, random_mask,
-                                    running_cell_mask, tube_mask)
+from vfm_lab.tokens.masking import (ClipSeeds, attention_sampled_mask, check_dual_mask, clip_generators,
+                                    dual_counts, dual_mask, frame_mask, random_mask,
+                                    running_cell_mask, tube_mask, visible_count)
 from vfm_lab.tokens.patching import gather_patches, gather_tokens, patchify, visible_indices
 
 GRIDS = [(1, 2, 2), (2, 4, 6), (8, 14, 14), (3, 7, 5)]
@@ -148,3 +149,70 @@ def test_gathering_before_and_after_the_cut_agree_for_every_strategy():
     for strategy in ("random", "tube", "frame", "attention"):
         indices = visible_indices(make(strategy, grid, .5))
         assert torch.equal(gather_patches(clip, indices, 4, 2), gather_tokens(patchify(clip, 4, 2), indices))
+
+
+def splitmix(seed, n):
+    "Numbers of SplitMix64 as its authors write it, in Python's own whole numbers."
+    def mix(z):
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+    return [(mix((mix(seed % 2**64) + i * 0x9E3779B97F4A7C15) % 2**64) >> 40) / 2**24 for i in range(1, n + 1)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_numbers_of_a_seed_are_splitmix64_on_every_device(device):
+    seeds = [0, 1, 2**31, 2**62 + 7, -5]
+    for given in (seeds, torch.tensor(seeds), torch.tensor(seeds, device=device)):
+        source = ClipSeeds(given)
+        drawn = torch.cat([source.rand(3, device), source.rand(5, device)], 1).cpu()
+        assert drawn.tolist() == [splitmix(s, 8) for s in seeds]
+
+
+@pytest.mark.parametrize("strategy", ["random", "tube", "frame", "attention"])
+def test_a_seed_decides_its_own_clip_alone(strategy):
+    same = attention((8, 6, 6), 1)
+
+    def one(seeds):
+        source, n = clip_generators({"seed": seeds}), len(seeds)
+        if strategy != "attention": return make(strategy, (8, 6, 6), .5, source, batch=n)
+        return attention_sampled_mask(same.expand(n, -1, -1), .5, generator=source)
+
+    whole = one(torch.arange(40))
+    assert torch.equal(one(torch.tensor([7, 30])), whole[[7, 30]])
+    assert len({tuple(m) for m in whole.tolist()}) > 30
+    assert clip_generators({}) is None
+
+
+def test_two_masks_of_a_pair_do_not_share_their_numbers():
+    seeds = torch.arange(400)
+    hidden, skipped = dual_mask(400, (8, 6, 6), .5, "random", .5, generator=ClipSeeds(seeds))
+    both = (hidden & skipped).float().mean().item()
+    assert abs(both - .25) < .01
+    again = dual_mask(400, (8, 6, 6), .5, "random", .5, generator=ClipSeeds(seeds))
+    assert torch.equal(again[0], hidden) and torch.equal(again[1], skipped)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("strategy", ["random", "tube", "frame", "attention"])
+def test_the_number_is_known_before_the_draw(strategy, grid):
+    for ratio in (0, .29, .5, .75, .8, .9):
+        mask, count = make(strategy, grid, ratio), visible_count(strategy, grid, ratio)
+        assert (~mask).sum(1).tolist() == [count] * 3
+        assert torch.equal(visible_indices(mask, count), visible_indices(mask))
+    with pytest.raises(ValueError, match="ratio"): visible_count(strategy, grid, 1)
+
+
+@pytest.mark.parametrize("decoder", [None, "running_cell", "random", "frame"])
+def test_both_numbers_of_a_pair(decoder):
+    for ratio, skip in ((.9, .5), (.75, .25), (.5, .75)):
+        pair = dual_mask(3, (8, 6, 6), ratio, decoder, skip)
+        assert [(~m).sum(1).tolist() for m in pair] == [[n] * 3 for n in dual_counts((8, 6, 6), ratio, decoder, skip)]
+
+
+def test_drawing_from_attention_is_torchs_multinomial():
+    a = attention((4, 7, 7), 5)
+    drawn = torch.multinomial(a.flatten(0, 1), 13, generator=torch.Generator().manual_seed(2))
+    mask = attention_sampled_mask(a, 36 / 49, generator=torch.Generator().manual_seed(2))
+    wanted = torch.ones(20, 49, dtype=torch.bool).scatter_(1, drawn, False).view(5, -1)
+    assert torch.equal(mask, wanted)

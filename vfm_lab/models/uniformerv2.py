@@ -226,7 +226,7 @@ class TemporalPatchEmbed(nn.Module):
         kernel: int = 3,  # frames that it reads
     ):
         super().__init__()
-        self.patch, self.tubelet = patch, 2
+        self.patch, self.tubelet, self.kernel = patch, 2, kernel
         self.proj = nn.Conv3d(3, dim, (kernel, patch, patch), (2, patch, patch),
                               ((kernel - 1) // 2, 0, 0), bias=False)
 
@@ -237,8 +237,7 @@ class TemporalPatchEmbed(nn.Module):
         "Token grid of a clip; raises `ValueError` for what is no batch of whole patches."
         check_clip(clip)
         frames, h, w = token_grid(clip.shape[2], clip.shape[3:], self.patch)
-        kernel, padding = self.proj.kernel_size[0], self.proj.padding[0]
-        return (frames + 2 * padding - kernel) // 2 + 1, h, w
+        return (frames + 2 * ((self.kernel - 1) // 2) - self.kernel) // 2 + 1, h, w
 
     def forward(
         self,
