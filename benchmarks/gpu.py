@@ -76,6 +76,7 @@ class StandIn(ModuleType):
 # its models, so that they are imported here as well, and on a bare machine they are not there.
 FOR_RECIPES = ("annotated_types", "pydantic", "msgspec", "cattrs", "attrs")
 MISSING = [name for name in FOR_RECIPES if importlib.util.find_spec(name) is None]
+BEFORE = {name: sys.modules.pop(name) for name in MISSING if name in sys.modules}
 sys.modules |= {name: StandIn(name) for name in MISSING}
 
 from vfm_lab.files import write_json
@@ -89,6 +90,7 @@ from vfm_lab.train.loop import TrainConfig, fit, switched
 
 systems()
 for name in MISSING: del sys.modules[name]   # others may ask whether it is there
+sys.modules |= BEFORE
 gc.freeze()   # what is imported stays: to collect garbage is quick then
 
 # ---- sizes -------------------------------------------------------------------------------------
@@ -234,9 +236,9 @@ def build(system: str, size: str, s: dict, device: str, cell: bool = True) -> nn
     torch.manual_seed(0)
     with torch.device(device):
         if system == "umt":
-            teacher = CLIPVision(**s.pop("teacher"))
-            width = teacher.proj.shape[1]
-            model = UMT(create_model(NAMES[system][size], teacher_dim=width, **s), teacher)
+            sizes = s.pop("teacher")
+            student = create_model(NAMES[system][size], teacher_dim=sizes["out_dim"], **s)
+            model = UMT(student, CLIPVision(**sizes))
         elif system == "videomae":
             mask = "running_cell" if cell else None
             model = create_model(NAMES[system][size], decoder_mask=mask, **s)
@@ -382,7 +384,7 @@ def speed_row(flops: int, batch: int, seconds: list[float], limit: float | None)
 def peak_flops(device: str) -> float | None:
     "FLOP/s of this GPU in bf16; None: not in the table."
     name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return next((value for key, value in PEAK.items() if re.search(key, name)), None)
+    return next((value for key, value in PEAK.items() if key in name), None)
 
 
 class HostReads(TorchDispatchMode):
@@ -402,11 +404,11 @@ class HostReads(TorchDispatchMode):
 
 
 def place(stack: Iterable[traceback.FrameSummary]) -> str:
-    "The innermost line that is the lab's or transformers', not torch's."
-    ours = [f for f in stack if re.search(r"vfm_lab|transformers|accelerate", f.filename)]
-    if not ours: return "elsewhere"
-    name = re.split(r"site-packages/|(?=vfm_lab/)", ours[-1].filename)[-1]
-    return f"{name}:{ours[-1].lineno}"
+    "The innermost line that is the lab's, or transformers' or accelerate's, and not torch's."
+    lines = [f"{Path(f.filename).as_posix()}:{f.lineno}" for f in stack]
+    kinds = f"{re.escape(ROOT.as_posix())}/(vfm_lab/.*)|.*-packages/((transformers|accelerate)/.*)"
+    found = [m[1] or m[2] for m in (re.fullmatch(kinds, line) for line in lines) if m]
+    return found[-1] if found else "elsewhere"
 
 
 def host_reads(work: Callable[[], object], device: str) -> Counter:
@@ -417,7 +419,7 @@ def host_reads(work: Callable[[], object], device: str) -> Counter:
     found = []
 
     def note(message, *_, **__):
-        if "synchroniz" in str(message): found.append(place(traceback.extract_stack()))
+        if "called a synchronizing" in str(message): found.append(place(traceback.extract_stack()))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = note
@@ -546,8 +548,8 @@ class Killed(Exception): "The end of a run, at a step that was agreed on."
 
 def short_run(folder: Path, plan: Plan, precision: str, die_at: int | None = None):
     "Curves and weights of a short training, which may be killed before it has done a step."
-    s = SMALL["videomae"]["base"]
-    model = build("videomae", "base", s, plan.device)
+    s = SMALL["videomae"]["base"] | dict(dim=128, heads=2, decoder_dim=64, decoder_heads=1)
+    model = build("videomae", "base", s, plan.device)   # heads of 64, as the real ones have
     clips = batch_of(s, 12, "cpu")
     data = [{k: v[i] for k, v in clips.items()} for i in range(12)]
     calls = Counter()
@@ -596,14 +598,19 @@ def fp16(part: Part) -> None:
     plan = part.plan
     for system in NAMES:
         s = plan.sizes[system]["base"]
-        model, batch = trainable(system, "base", plan), batch_of(s, 4, plan.device)
-        part.add(system=system, by="GradScaler", **scaled(model, batch, plan))
-        if plan.small: part.send("left_out", f"{system} by fit: it refuses fp16 on a CPU")
-        else:
-            watch = Scale()
-            curves = fit(model, [batch], TrainConfig(steps=10, precision="fp16"), callbacks=[watch])
-            part.add(system=system, by="fit", finite=all(map(math.isfinite, curves["loss"])),
-                     loss=[curves["loss"][0], curves["loss"][-1]], scale=watch.last)
+        with part.one(system):
+            model, batch = trainable(system, "base", plan), batch_of(s, 4, plan.device)
+            part.add(system=system, by="GradScaler", **scaled(model, batch, plan))
+            if plan.small: part.send("left_out", f"{system} by fit: it refuses fp16 on a CPU")
+            else: part.add(system=system, by="fit", **fitted(model, batch))
+
+
+def fitted(model: nn.Module, batch: dict) -> dict:
+    "The same by the lab's own loop."
+    watch = Scale()
+    losses = fit(model, [batch], TrainConfig(steps=10, precision="fp16"), callbacks=[watch])["loss"]
+    finite = all(map(math.isfinite, losses))
+    return dict(finite=finite, loss=[losses[0], losses[-1]], scale=watch.last, steps=10)
 
 
 def scaled(model: nn.Module, batch: dict, plan: Plan, steps: int = 12) -> dict:
@@ -818,8 +825,9 @@ def machine(part: Part) -> None:
     "What the numbers are taken on."
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    part.add(cpu=cpu[1].strip() if cpu else platform.processor(), cores=os.cpu_count(),
-             system=platform.system(), python=platform.python_version(),
+    part.add(cpu=cpu[1].strip() if cpu else platform.processor(),
+             cores=len(os.sched_getaffinity(0)), system=platform.system(),
+             python=platform.python_version(),
              **{p: version(p) for p in ("torch", "timm", "transformers", "accelerate")})
     if part.plan.device != "cuda": return
     about = torch.cuda.get_device_properties(0)
@@ -892,7 +900,7 @@ def probe(pipe) -> None:
 
 
 def asked(start: str) -> object:
-    "What a probe says: "'"cuda", False for no GPU, or the name of an error; None: it died.'
+    "What a probe says: cuda, False for no GPU, or the name of an error; None: it died."
     context = multiprocessing.get_context(start)
     here, there = context.Pipe(duplex=False)
     worker = context.Process(target=probe, args=(there,))
@@ -903,29 +911,31 @@ def asked(start: str) -> object:
     finally: stop(worker)
 
 
-def summary(parts: dict) -> dict:
-    "The aims, and how far they are met."
-    def rows(name): return parts.get(name, {}).get("rows", [])
-    best = {}
-    for r in rows("speed") + rows("compile"):
-        key = f"{r['system']} {r['size']}{', compiled' if r.get('compiled') else ''}"
-        best[key] = max(best.get(key, 0), r["mfu"] or r["tflop_per_s"])
-    race = {f"{r['side']}, {r['size']}, batch {r['batch']}{', compiled' if r['compiled'] else ''}":
-            r["over_transformers"] for r in rows("transformers") + rows("transformers, compiled")
-            if r["side"] != "transformers"}
+def summary(parts: dict) -> dict[str, object]:
+    "The aims, and how far they are met; nothing is said of what was not measured."
+    def rows(*names): return [r for n in names for r in parts.get(n, {}).get("rows", [])]
     wrong = [f"{r['case']} {r['mode']}" for r in rows("golden") if not r["met"]]
     differ = [f"{r['mask']}, {r['source']}: {r['clips_that_differ']} of {r['clips']}"
               for r in rows("masks") if r["clips_that_differ"]]
-    waits = {f"{r['system']}, {r['of']}": r["waits"] for r in rows("host")}
-    known = any(r["mfu"] for r in rows("speed"))
-    return {
-        "golden cases not met": wrong,
-        "masks that differ": differ,
-        "resumed runs equal": all(r["equal"] for r in rows("resume")),
-        "fp16 finite": all(r["finite"] for r in rows("fp16")),
-        "best MFU (aim: 0.5)" if known else "best TFLOP/s, of an unknown device": best,
-        "speed over transformers (aims: 1.05, with the running cell 1.5)": race,
-        "waits of the host in a step": waits}
+    best, races = {}, {}
+    for r in rows("speed", "compile"):
+        key = f"{r['system']} {r['size']}{', compiled' if r.get('compiled') else ''}"
+        best[key] = max(best.get(key, 0), r["mfu"] or r["tflop_per_s"])
+    for r in rows("transformers", "transformers, compiled"):
+        key = f"{r['side']}, {r['size']}, batch {r['batch']}{', compiled' if r['compiled'] else ''}"
+        if r["side"] != "transformers": races[key] = r["over_transformers"]
+    unit = "MFU (aim: 0.5)" if any(r["mfu"] for r in rows("speed")) else "TFLOP/s"
+    found = {
+        "golden": {"runs compared": len(rows("golden")), "not met": wrong},
+        "masks": {"compared": len(rows("masks")), "differ": differ},
+        "resume": {f"precision {r['precision']}, equal": r["equal"] for r in rows("resume")},
+        "fp16": {f"{r['system']} by {r['by']}, finite": r["finite"] for r in rows("fp16")},
+        f"best {unit}": best,
+        "speed over transformers (aims: 1.05, with the running cell 1.5)": races,
+        "waits of the host": {f"{r['system']}, {r['of']}": r["waits"] for r in rows("host")},
+        "not done": [n for n, part in parts.items() if part["status"] not in ("done", "at work")]}
+    measured = {"golden": rows("golden"), "masks": rows("masks")}
+    return {k: v for k, v in found.items() if measured.get(k, v)}
 
 
 def arguments() -> argparse.Namespace:
