@@ -26,8 +26,6 @@ from types import UnionType
 from typing import (TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin,
                     get_type_hints)
 
-import yaml
-
 import vfm_lab
 from .files import printable, read_text, replacing, write_json
 
@@ -291,6 +289,7 @@ def read_recipe(
 
 def _yaml(file: str | Path) -> Any:
     "What stands in a YAML file: plain values, no objects, nothing that unfolds without end."
+    import yaml
     text, depth, aliases = read_text(file, limit=1 << 18), 0, 0
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
@@ -312,6 +311,7 @@ def write_recipe(
     """Every number of a run, the defaults included.
 
     So a later version of the lab, with other defaults, starts the same run."""
+    import yaml
     plain = json.loads(json.dumps(asdict(recipe)))   # tuples become lists
     head = f"# vfm_lab {COMMANDS[type(recipe)]} --config {Path(file).name}\n"
     text = head + yaml.safe_dump(plain, sort_keys=False)
