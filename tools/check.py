@@ -162,7 +162,8 @@ def suite(at, log, *args, limit=900):
 
 def pytest(at):
     "The tests that are not notebooks."
-    return suite(at, "pytest", "tests", "--ignore=tests/test_browser.py", "--ignore=tests/test_site.py")
+    shared = ("-n", str(min(os.cpu_count() or 1, 4)), "--dist", "loadfile")   # a file's tests share what they build
+    return suite(at, "pytest", "tests", "--ignore=tests/test_browser.py", "--ignore=tests/test_site.py", *shared)
 
 def browser(at):
     "JupyterLab in a real Chromium."
