@@ -72,16 +72,31 @@ class Schedule(Settings):
     base_lr: NotNegative = 1.5e-4           # learning rate for a batch of 256
     min_lr: NotNegative = 0.0               # where the cosine ends, for a batch of 256
     lr_counts_views: bool = False           # each view of a video counts as a clip of the batch, or it does not
+    decay: Literal["cosine", "step", "restarts", "plateau"] = "cosine"   # how the rate falls
+    milestones: list[Positive] = field(default_factory=list)   # step: after so many epochs each it is multiplied …
+    gamma: Positive = 0.1                   # … by this
+    cycle_epochs: NotNegative = 0.0         # restarts: length of the first cosine; each next …
+    cycle_mult: Count = 1                   # … one is so many times longer
+    factor: Share = 0.1                     # plateau: it is multiplied by this …
+    patience: Whole = 10                    # … when more than so many values in a row …
+    monitor: str = "val_loss"               # … of this curve were not lower than the best
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    momentum: Part = 0.9                    # SGD
     weight_decay: NotNegative = 0.05        # of matrices and kernels
-    betas: tuple[Part, Part] = (0.9, 0.95)  # AdamW
-    eps: Positive = 1e-8                    # AdamW
+    betas: tuple[Part, Part] = (0.9, 0.95)  # AdamW, Adam
+    eps: Positive = 1e-8                    # AdamW, Adam
     clip_grad: Positive | None = None       # largest gradient norm
     layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0  # learning rate of each block over that of the block above it
+    validate_epochs: NotNegative = 0.0      # measure the loss on data.val so often; 0: only after training
+    early_stop: Whole = 0                   # end after so many values of `monitor` that are not better; 0: never
+    keep_best: bool = False                 # the weights that are kept are those with the best `monitor`
 
 # %% ../nbs/07_config.ipynb #186bb1f3
 @dataclass
 class Machine(Settings):
-    "How the run fits its machine. Nothing here is meant to change the result."
+    """How the run fits its machine: nothing here is meant to change the result.
+
+    One thing does: in-batch losses see the clips of one batch, so `accumulate` takes rivals away."""
     accumulate: Count = 1                            # batches that make up one step
     precision: Literal["no", "bf16", "fp16"] = "no"  # 32 bits, or autocast
     recompute: bool = False                          # gradient checkpointing of the blocks
@@ -89,6 +104,7 @@ class Machine(Settings):
     shard: bool = False                              # FSDP2 over the processes
     save_every: Whole = 0                            # steps between checkpoints; 0: only at the end
     keep: Count = 2                                  # checkpoints to keep
+    log: str | None = None                           # tracker of Accelerate beside log.jsonl: tensorboard, wandb, …
 
 # %% ../nbs/07_config.ipynb #be419d19
 Argument = int | float | bool | str | list[int] | None   # of a model
