@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import State, rename
-from ..nn.text import PostNormBlock, activation, init_normal, may_attend
+from ..nn.blocks import activation, run_blocks, take_indices
+from ..nn.text import PostNormBlock, init_normal, may_attend
+from ..nn.vit import Encoder
 
 # %% ../../nbs/models/45_bert.ipynb #427def50
 class TextEmbed(nn.Module):
@@ -73,7 +75,7 @@ class Pooler(nn.Module):
         return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 # %% ../../nbs/models/45_bert.ipynb #4c9e3463
-class _Encoder(nn.Module):
+class _Encoder(Encoder):
     "What a text tower does; `BERT` builds the parts."
     def forward_intermediates(
         self,
@@ -81,18 +83,16 @@ class _Encoder(nn.Module):
         attention_mask: Tensor | None = None,   # (B, L), True or 1 = may be attended; None: all
         context: Tensor | None = None,          # (B, N, C), such as tokens of a video
         context_mask: Tensor | None = None,     # (B, N), True or 1 = may be attended; None: all
-        indices: Iterable[int] | None = None,   # numbers of blocks; None: all
+        indices: int | Iterable[int] | None = None,  # which blocks, see `take_indices`
     ) -> tuple[Tensor, list[Tensor]]:           # the last output; outputs of these blocks
         "The one loop over blocks; raises `ValueError` for a context that no block can read."
         if context is not None and not any(getattr(b, "cross", None) for b in self.blocks):
             raise ValueError("no block of this tower reads a context: build it with context_dim")
-        depth, kept = len(self.blocks), []
-        wanted = range(depth) if indices is None else {range(depth)[i] for i in indices}
-        mask, seen = may_attend(attention_mask, self.causal), may_attend(context_mask)
-        for i, block in enumerate(self.blocks):
-            x = block(x, mask, self.causal and mask is None, context, seen)
-            if i in wanted: kept.append(x)
-        return x, kept
+        mask = may_attend(attention_mask, self.causal)
+        given = dict(mask=mask, causal=self.causal and mask is None, context=context,
+                     context_mask=may_attend(context_mask))
+        keep = take_indices(len(self.blocks), indices)
+        return run_blocks(self.blocks, x, keep, self.grad_checkpointing, **given)
 
     def encode(
         self,
@@ -141,7 +141,7 @@ class BERT(_Encoder):
         def usual(i): return PostNormBlock(dim, heads, mlp_dim, context_dim, activation(act), eps, drop)
         self.embed = TextEmbed(vocab, positions, dim, types, eps, drop)
         self.blocks = nn.ModuleList(block(i) if block else usual(i) for i in range(depth))
-        self.pool, self.causal = Pooler(dim, pool), causal
+        self.pool, self.causal, self.dim = Pooler(dim, pool), causal, dim
         for part in (self.embed, self.pool, *([] if block else self.blocks)): part.apply(init_normal)
 
 # %% ../../nbs/models/45_bert.ipynb #b6a762b1

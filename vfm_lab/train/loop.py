@@ -27,7 +27,8 @@ from accelerate.utils import (
     DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, gather_object, send_to_device)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
@@ -201,6 +202,7 @@ def sharded(
     numbers = {p for p in model.parameters() if p.ndim == 0}   # such as a temperature
     for part in (*blocks(model), model):
         fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=numbers)
+        for name in getattr(part, "forward_methods", ()): register_fsdp_forward_method(part, name)
     return model
 
 # %% ../../nbs/train/10_loop.ipynb #6a24fd0c

@@ -77,10 +77,10 @@ def record_attention(
     return AttentionRecord(q, k, model.patch_embed.grid(clip))
 
 def clip_encoder(
-    model: nn.Module,  # says in `inner` which of its parts are encoders, that of clips first
+    model: nn.Module,  # says in `encoders` which of its parts are encoders, that of clips first
 ) -> nn.Module:        # the innermost
     "The part of a model that encodes clips; the model itself if it has no such parts."
-    while inner := getattr(model, "inner", ()): model = getattr(model, inner[0])
+    while parts := getattr(model, "encoders", ()): model = getattr(model, parts[0])
     return model
 
 # %% ../../nbs/viz/10_attention.ipynb #a841b247
