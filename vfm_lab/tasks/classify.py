@@ -115,6 +115,8 @@ def open_classifier(
     said, about, seen = header(file)
     rows = None if rows is None else list(rows)
     if None not in (model, said) and model != said: raise ValueError(f"{file} holds a {said}, not a {model}")
+    if timm.is_model(name := model or said or "") and name not in known:
+        raise ValueError(f"{file}: a {name} has no head of classes; fine-tune it first")
     if (name := model or said) not in known:
         raise ValueError(f"{file}: {'it does not say which model it is for' if name is None else f'no classifier is named {name!r}'}; there are {', '.join(known)}")
     try:
