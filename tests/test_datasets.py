@@ -162,7 +162,7 @@ def test_relative_paths_start_at_the_manifest(clips, tmp_path):
 
 @pytest.mark.parametrize("text, says", [
     ("", "empty"), ("\n \n", "empty"), ("path,label\n", "no clip"), ("v0.mp4 0\nv9.mp4 1", "line 2: no file"), ("v0.mp4", "line 1"),
-    ("v0.mp4 0\nv1.mp4", "line 2: expected 2 columns"), ("v0.mp4,0\nv1.mp4,1,2", "line 2: expected 2 columns"), ("v0.mp4,0\n,1", "line 2"),
+    ("v0.mp4 0\nv1.mp4", "line 2: expected a path and a label"), ("v0.mp4,0\nv1.mp4,1,2", "line 2: expected a path and a label"), ("v0.mp4,0\n,1", "line 2"),
     ("v0.mp4 0\nv1.mp4 cat", "line 2: the label 'cat'"),
     ("v0.mp4 0.5", "line 1: the label '0.5'"), ("v0.mp4 0\nv1.mp4 1\nv0.mp4 0", "line 3.*line 1")])
 def test_bad_manifests_name_file_and_line(clips, tmp_path, text, says):

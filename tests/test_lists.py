@@ -237,7 +237,7 @@ def test_odd_lines(here, clip):
         )
     ) == ["u\u2028x.mp4", "with\x0cfeed.mp4", 'quote"d.mp4']
     for text, says in [
-        (f'path,label\n"{"x" * 200000}",0\n', "line 2: expected 2 columns"),
+        (f'path,label\n"{"x" * 200000}",0\n', "line 2: expected a path and a label"),
         ("a.mp4,0\n./a.mp4,1", "line 2: .*came already in line 1"),
         (f"a.mp4,0\n{here}/a.mp4,1", "line 2: .*came already in line 1"),
         ("folder 0", "line 1: no file"),

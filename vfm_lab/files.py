@@ -72,7 +72,10 @@ def replacing(
     file = Path(file)
     draft = file.with_name(f".{file.name}.{os.getpid()}.draft")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode   # the user's own; some writers let nobody else read
         yield draft
+        os.chmod(draft, mode)
         sync(draft)
         os.replace(draft, file)
         sync(file.parent)

@@ -75,8 +75,9 @@ def _rows(file: str | Path, sep: str | None) -> Iterator[tuple[int, str, str]]:
             if header: continue
         fields = _cut(line, sep, columns)
         if len(fields) != columns or not fields[at_path]:
-            raise ValueError(f"{file}, line {n}: expected {columns} columns separated by {sep!r}, "
-                             f"got {line[:100]!r}")
+            what = "a path and a label" if columns == 2 else "a path, a number and a label"
+            raise ValueError(f"{file}, line {n}: expected {what}, {columns} columns separated by "
+                             f"{sep!r}, got {line[:100]!r}")
         yield n, fields[at_path], fields[at_label]
 
 # %% ../../nbs/data/30_datasets.ipynb #465197b0
