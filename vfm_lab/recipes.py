@@ -97,7 +97,7 @@ class Evaluate(Settings):
 class Features(Settings):
     "Features of sliding windows, in front of the head of a classifier."
     command: ClassVar[str] = "features"
-    video: str = ""                              # a video, or a manifest of videos
+    video: str = ""                              # a video, a folder of them, or a manifest
     out: str = "features.safetensors"            # .safetensors or .npz
     weights: str = ""                            # weight file
     weights_from: str | None = None              # what kind of file it is, a name of `registry.LAYOUTS`; none: its keys show it
@@ -211,8 +211,12 @@ def train_loader(
         known = {"num_classes": recipe.classes} if isinstance(recipe, Finetune) else {}
         return VideoShards(data.train, batch, workers=data.workers, seed=recipe.seed, **known,
                            **_views(data, True))
-    return make_loader(dataset(data), batch, shuffle=True, workers=data.workers,
-                       seed=recipe.seed, drop_last=True)
+    videos = dataset(data)
+    if len(videos) < batch:
+        raise ValueError(f"{data.train}: {len(videos)} videos do not fill a batch of {batch}: "
+                         "take a smaller schedule.batch")
+    return make_loader(videos, batch, shuffle=True, workers=data.workers, seed=recipe.seed,
+                       drop_last=True)
 
 def steps_in_epoch(
     recipe: Recipe,                      # of a training run
@@ -236,18 +240,25 @@ def check_labels(
     """Read the lists of videos of a recipe: labels are 0 to K-1, and names are those of training.
 
     Raises `ValueError` naming list and line, or shard and clip."""
-    from vfm_lab.data.datasets import check_labels as check_items
     for train in ((True, False) if isinstance(recipe, Finetune) else (False,)):
         place = recipe.data.train if train else recipe.data.val
         if not place: continue
         shards = train and place.endswith(".json")
         videos = train_loader(recipe) if shards else dataset(recipe.data, train, classes=names)
         if shards: videos.check_labels()
-        else: check_items(videos, recipe.classes, place, training=train)
+        else: _fits(videos, recipe, place, train)
         if train: names = videos.classes
     if names and len(names) != recipe.classes:
         raise ValueError(f"{len(names)} names for {recipe.classes} classes")
     return names
+
+def _fits(videos: "VideoDataset", recipe: "Finetune | Evaluate", place: str, train: bool) -> None:
+    "Labels of a list; the message says which number of the recipe is meant."
+    from vfm_lab.data.datasets import check_labels as check_items
+    try: check_items(videos, recipe.classes, place, training=train)
+    except ValueError as e:
+        hint = f" (the recipe's classes: {recipe.classes})" if "classes" in str(e) else ""
+        raise ValueError(f"{e}{hint}") from None
 
 # %% ../nbs/05_recipes.ipynb #eba70ec8
 def first_process() -> bool:
@@ -496,6 +507,7 @@ def features(
 
     The file grows as they are made. Raises `ValueError` if there are no weights or videos."""
     from vfm_lab.data.datasets import read_manifest
+    from vfm_lab.tasks.classify import find_videos
     check(recipe)
     if not recipe.weights or not recipe.video: raise ValueError("features needs --weights and --video")
     out = Path(recipe.out)
@@ -505,6 +517,7 @@ def features(
     many = Path(recipe.video).suffix.lower() in (".csv", ".txt", ".tsv")
     paths = [recipe.video]
     if many: paths = [row["path"] for row in read_manifest(recipe.video, missing=True)]
+    if Path(recipe.video).is_dir(): paths = list(map(str, find_videos([recipe.video])))
     found = open_weights(recipe)
     spec = _asked(found.spec, recipe.weights, stats=recipe.stats)
     recipe = replace(recipe, stats=spec.stats)
