@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sized
 from copy import copy
 from dataclasses import MISSING, fields
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,11 @@ def seed_everything(
     bits = _bits(*key)
     random.seed(bits)
     np.random.seed(bits % 2**32)
-    torch.manual_seed(bits)
+    torch.default_generator.manual_seed(bits)
+    if _devices(): torch.manual_seed(bits)   # slow where there are none: torch notes who asked
+
+@cache
+def _devices(): return torch.accelerator.is_available()
 
 def _bits(*key): return random.Random("/".join(map(str, key))).getrandbits(64)
 
