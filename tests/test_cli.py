@@ -1169,6 +1169,8 @@ def test_a_test_that_skips_counts_what_it_left_out(tmp_path, monkeypatch, capsys
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert found["videos"] == 2 and found["unreadable"] == 1 and "bad.mp4" in said.err
+    (tmp_path / "l.csv").write_text("bad.mp4,1\n")
+    assert "none of the videos could be read" in leave(monkeypatch, *ask, "--data.on-error", "skip")
 
 
 def test_settings_that_would_be_ignored_are_refused(tmp_path):
