@@ -1180,6 +1180,8 @@ def test_a_test_that_skips_counts_what_it_left_out(tmp_path, monkeypatch, capsys
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert found["videos"] == 2 and found["unreadable"] == 1 and "bad.mp4" in said.err
+    (tmp_path / "l.csv").write_text("bad.mp4,1\n")
+    assert "none of the videos could be read" in leave(monkeypatch, *ask, "--data.on-error", "skip")
 
 
 def test_settings_that_would_be_ignored_are_refused(tmp_path):
@@ -1194,3 +1196,21 @@ def test_null_among_the_arguments_of_a_model_is_an_argument(tmp_path):
     (tmp_path / "p.yaml").write_text("model_args: {decoder_mask: null, depth: 1}")
     recipe = recipes.read_recipe(tmp_path / "p.yaml", PretrainVideoMAE)
     assert recipe.build(create_model).config["decoder_mask"] is None
+
+
+def test_what_a_new_user_tries(tmp_path, monkeypatch, capsys):
+    "Features of a folder, files that others may read, and messages that say what to change."
+    file = small(tmp_path / "w.safetensors", input={})
+    (tmp_path / "in").mkdir()
+    shutil.copy(asset("clips/00_left.mp4"), tmp_path / "in/a.mp4")
+    out = tmp_path / "f.safetensors"
+    run(monkeypatch, "features", "--video", tmp_path / "in", "--weights", file, "--window", 4, "--out", out)
+    assert list(load_features(out)[0]) == [str(tmp_path / "in/a.mp4")]
+    (tmp_path / "plain").touch()
+    assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    go = ("pretrain", "videomae", "--config", "videomae_tiny", "--data.train", tmp_path / "in")
+    assert "schedule.batch" in leave(monkeypatch, *go, "--out", tmp_path / "run")
+    pre, about = tmp_path / "p.safetensors", {"model": "videomae_pretrain_vit_base_patch16"}
+    save_file({"x": torch.ones(1)}, pre, {"config": json.dumps(about)})
+    said = leave(monkeypatch, "classify", tmp_path / "in/a.mp4", "--weights", pre)
+    assert "fine-tune it first" in said

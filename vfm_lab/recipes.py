@@ -212,11 +212,10 @@ def train_loader(
         return VideoShards(data.train, batch, workers=data.workers, seed=recipe.seed, **known,
                            **_views(data, True))
     videos = dataset(data)
-    if len(videos) < batch:
-        raise ValueError(f"{data.train}: {len(videos)} videos do not fill a batch of {batch}: "
-                         "take a smaller schedule.batch")
-    return make_loader(videos, batch, shuffle=True, workers=data.workers, seed=recipe.seed,
-                       drop_last=True)
+    try: return make_loader(videos, batch, shuffle=True, workers=data.workers, seed=recipe.seed,
+                            drop_last=True)
+    except ValueError as e:
+        raise ValueError(f"{data.train}: {e} (take a smaller schedule.batch)") from None
 
 def steps_in_epoch(
     recipe: Recipe,                      # of a training run

@@ -105,5 +105,6 @@ def evaluate(
     finally: model.train(training)
     found = {name: value.cpu() for name, value in metrics.compute().items()}
     right, videos = int(found["confusion"].trace()), int(found["confusion"].sum())
+    if not videos: raise ValueError("none of the videos could be read")
     return {"top1": found["top1"].item(), "top5": found["top5"].item(), "interval": accuracy_interval(right, videos),
             "videos": videos, "confusion": found["confusion"]}
