@@ -119,7 +119,7 @@ def test_every_run_has_its_file():
 
 BAD = {"schedule: {epoch: 3}": "unknown key 'schedule.epoch'", "sead: 1": "unknown key 'sead'", "data: {frames: 8.5}": "data.frames: must be a whole number",
        "machine: {shard: 1}": "machine.shard: must be a boolean", "schedule: {betas: [1]}": "schedule.betas", "- 1": "must be keys and values",
-       "a: [": "not YAML", "out: !!python/object/apply:os.system ['x']": "not YAML", "loss: l3": "'l2' or 'mse'"}
+       "a: [": "not YAML", "out: !!python/object/apply:os.system ['x']": "not YAML", "loss: l3": "'l2', 'mse' or 'smooth_l1'"}
 
 
 @pytest.mark.parametrize("text", BAD)
@@ -238,7 +238,7 @@ def test_a_sharded_checkpoint_goes_on_with_one(runs, tmp_path, monkeypatch):
 def test_what_a_run_leaves(runs, monkeypatch):
     name, folder = runs
     left = {p.name for p in (folder / "two").iterdir() if p.name != ".lock"}
-    assert left == {"config.yaml", "history.json", "model.safetensors", "step_00000010", "step_00000020"}
+    assert left == {"config.yaml", "history.json", "log.jsonl", "model.safetensors", "step_00000010", "step_00000020"}
     with safe_open(folder / "two/model.safetensors", "pt") as f: keys, about = list(f.keys()), json.loads(f.metadata()["config"])
     prefixes = {k.split(".")[0] for k in keys}
     assert prefixes == ({"encoder", "clip_decoder"} if name == "umt" else {"encoder", "decoder", "encoder_to_decoder", "mask_token"})
@@ -314,12 +314,21 @@ def test_three_stages_in_a_row(tmp_path, monkeypatch, capsys):
     (("finetune", "--config", "videomae_tiny_post", "--classes", 6), "sample, line 8: label 6, classes are 0 to 5"),
     (("finetune", "--config", "recipes/videomae_tiny_post.yaml", "--data.val", "nowhere.csv"), "nowhere.csv: cannot be read"),
     (("finetune", "--config", "recipes/videomae_tiny.yaml"), "does not take these arguments"),
-    (("eval", "--weights", "one.safetensors", "--weights-from", "videomae_pretrained"), "has no head to test"),
     (("pretrain", "videomae", "--config", "recipes/videomae_tiny.yaml", "--data.frames", 5), "does not divide into tubelets"),
 ])
 def test_said_before_the_first_step(tmp_path, monkeypatch, words, says):
     out = () if words[0] == "eval" else ("--out", tmp_path / "run")
     assert says in str(leave(monkeypatch, *words, *out)) and not list(tmp_path.glob("run/step_*"))
+
+
+def test_a_pretrained_file_has_no_head_to_test(tmp_path, monkeypatch):
+    file, args = tmp_path / "pre.pth", [w for k, v in TINY.items() for w in (k, v)]
+    sizes = dict(decoder_dim=32, decoder_depth=1, decoder_heads=2, decoder_mask=None)
+    net = timm.create_model("videomae_pretrain_vit_base_patch16", **TINY, **sizes)
+    torch.save({"model": net.state_dict()}, file)
+    go = ("eval", "--weights", file, "--model", "videomae_vit_base_patch16", "--data.val", "sample")
+    for kind in ((), ("--weights-from", "videomae_pretrained")):
+        assert "has no head to test" in leave(monkeypatch, *go, *kind, "--model-args", *args)
 
 
 def test_uniformerv2_from_clip_to_answers(tmp_path, monkeypatch, capsys):
@@ -733,7 +742,7 @@ def test_features_are_made_as_the_weights_say(tmp_path, monkeypatch, capsys):
     )
     assert torch.equal(load_features(tmp_path / "f.npz")[0][str(video)]["features"], right("half"))
     nonsense = small(tmp_path / "n.safetensors", input={"stats": "evil"})
-    assert "n.safetensors: its header says stats 'evil'" in leave(
+    assert "n.safetensors: its header says: input stats is one of imagenet, clip, half, got 'evil'" in leave(
         monkeypatch, *ask, "--weights", nonsense
     )
 
@@ -808,6 +817,8 @@ def test_classes_go_by_name(tmp_path, monkeypatch, capsys):
     )
     go = (
         "finetune",
+        "--model",
+        "umt_vit_base_patch16",
         "--model-args",
         *args,
         "--classes",
@@ -1210,7 +1221,8 @@ def test_what_a_new_user_tries(tmp_path, monkeypatch, capsys):
     assert out.stat().st_mode == (tmp_path / "plain").stat().st_mode
     go = ("pretrain", "videomae", "--config", "videomae_tiny", "--data.train", tmp_path / "in")
     assert "schedule.batch" in leave(monkeypatch, *go, "--out", tmp_path / "run")
-    pre, about = tmp_path / "p.safetensors", {"model": "videomae_pretrain_vit_base_patch16"}
-    save_file({"x": torch.ones(1)}, pre, {"config": json.dumps(about)})
+    name, pre = "videomae_pretrain_vit_base_patch16", tmp_path / "p.safetensors"
+    net = timm.create_model(name, **TINY, decoder_dim=32, decoder_depth=1, decoder_heads=2)
+    save_weights(net, pre, {"model": name, **net.config})
     said = leave(monkeypatch, "classify", tmp_path / "in/a.mp4", "--weights", pre)
     assert "fine-tune it first" in said

@@ -33,7 +33,7 @@ from vfm_lab.models.videomae import FRESH as FRESH_MAE
 from vfm_lab.models.videomae import VideoMAE, VideoMAEClassifier, classifier_from_pretrained
 from vfm_lab.models.registry import read_label_map
 from vfm_lab.models.videomae import from_transformers
-from vfm_lab.hub import load, systems
+from vfm_lab.hub import fill, load, systems
 from vfm_lab.models.registry import find_layout, head_rows
 from vfm_lab.tasks.retrieval import open_towers
 
@@ -526,7 +526,7 @@ def test_a_label_map_is_a_list_of_rows(tmp_path):
         (tmp_path / "map.json").write_text(text)
         with pytest.raises(CheckpointError):
             read_label_map(tmp_path / "map.json")
-    with pytest.raises(CheckpointError, match="head.weight is missing"):
+    with pytest.raises(CheckpointError, match="head.bias is missing"):
         load_weights(classifier(), {"a": torch.ones(1)}, lambda s: head_rows(s, [0]))
 
 
@@ -573,7 +573,7 @@ def test_a_stored_formula_is_left_out(tmp_path):
     ):
         torch.save(with_table(net, "pos_embed", net.pos[None].half()), tmp_path / "formula.pth")
         fresh = type(net)(**net.config)
-        report = load_weights(fresh, tmp_path / "formula.pth", as_found)
+        report = fill(fresh, tmp_path / "formula.pth")
         assert (
             report.dropped == ["pos_embed"] and not report.notes and "pos" not in fresh.state_dict()
         )

@@ -149,7 +149,6 @@ def from_plain(
     from pydantic import TypeAdapter, ValidationError
     try: made = TypeAdapter(kind).validate_json(json.dumps(values, default=str))
     except ValidationError as e: raise ValueError(_fault(e.errors(), values, kind)) from None
-    made.consistent()
     return made
 
 def _fault(errors: list[dict], values: Any, kind: type) -> str:
@@ -193,8 +192,10 @@ def _fields(kind: type, keys: list[str]) -> list[str]:
 def check(
     settings: Settings,   # made by hand or by the command line
 ) -> None:
-    "The same test for what did not come from a file; raises `ValueError` naming a key."
-    from_plain(asdict(settings), type(settings))
+    """The same test for what did not come from a file, and of values that contradict each other.
+
+    A file alone may be half of a run: the command line adds the rest. Raises `ValueError`."""
+    from_plain(asdict(settings), type(settings)).consistent()
 
 # %% ../nbs/07_config.ipynb #9bd8d892
 def read_yaml(

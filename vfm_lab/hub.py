@@ -95,7 +95,7 @@ def _unknown(name: str) -> str:
     "For messages."
     near = difflib.get_close_matches(name, list_models(), 3, 0.5)
     hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(list_models())}"
-    return f"no model is named {name!r}; {hint}"
+    return f"no model is named {name!r}; {hint}" if name else f"which model is not said; {hint}"
 
 # %% ../nbs/08_hub.ipynb #b1a5dee1
 def _about(file: Path) -> dict:

@@ -62,7 +62,8 @@ def classifier(
 ) -> "nn.Module":        # the same
     "Raises `ValueError` for a model without a head of classes."
     if hasattr(model, "reset_classifier"): return model
-    raise ValueError(f"model {name!r} is a {type(model).__name__}: no classifier, it has no head of classes")
+    raise ValueError(f"model {name!r} is a {type(model).__name__}: no classifier, "
+                     "it has no head of classes; fine-tune it first")
 
 # %% ../nbs/05_recipes.ipynb #dea2c438
 @dataclass
