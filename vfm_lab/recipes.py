@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAME', 'Finetune', 'classifier', 'EvalData', 'Evaluate', 'Features', 'read_recipe', 'write_recipe', 'train_config',
-           'dataset', 'train_loader', 'steps_in_epoch', 'check_labels', 'first_process', 'claim_folder', 'run',
+           'dataset', 'train_loader', 'steps_in_epoch', 'check_labels', 'first_process', 'Folder', 'Training',
            'pretrain', 'finetune', 'open_weights', 'evaluate', 'features']
 
 # %% ../nbs/05_recipes.ipynb #8125eea9
@@ -265,25 +265,33 @@ def first_process() -> bool:
     "True on the process that writes files."
     return int(os.environ.get("RANK", "0")) == 0
 
-def claim_folder(
-    recipe: Recipe,  # whose `out` is meant
-) -> None:
-    """Write `config.yaml`; a start that failed before its first checkpoint left nothing to keep.
 
-    Raises `ValueError` if the folder holds checkpoints of a run with other numbers."""
-    from vfm_lab.train.resume import checkpoints
-    file = Path(recipe.out) / "config.yaml"
-    if checkpoints(recipe.out):
+@dataclass
+class Folder:
+    "What a run leaves: config.yaml, checkpoints, log.jsonl, history.json, model.safetensors."
+    recipe: Recipe   # its `out` is the folder
+
+    def claim(self) -> None:
+        """Write `config.yaml`; a start that failed before its first checkpoint left nothing to keep.
+
+        Raises `ValueError` if the folder holds checkpoints of a run with other numbers."""
+        from vfm_lab.train.resume import checkpoints
+        file = Path(self.recipe.out) / "config.yaml"
+        if checkpoints(self.recipe.out): self._same_run(file)
+        if first_process():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_recipe(self.recipe, file)
+
+    def _same_run(self, file: Path) -> None:
+        "Checkpoints may only be gone on with by the run that wrote them."
         if not file.exists():
-            raise ValueError(f"{recipe.out}: holds checkpoints but no config.yaml, so whose they "
-                             "are is not known; take another folder")
-        old = _numbers(asdict(read_recipe(file, type(recipe))))
-        new = _numbers(asdict(recipe))
-        differ = [f"{k} was {old.get(k)!r}, now {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)]
+            raise ValueError(f"{self.recipe.out}: holds checkpoints but no config.yaml, so whose "
+                             "they are is not known; take another folder")
+        old = _numbers(asdict(read_recipe(file, type(self.recipe))))
+        new = _numbers(asdict(self.recipe))
+        differ = [f"{k} was {old.get(k)!r}, now {new.get(k)!r}"
+                  for k in {**old, **new} if old.get(k) != new.get(k)]
         if differ: raise ValueError(f"{file} belongs to another run: {'; '.join(differ)}")
-    if first_process():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, file)
 
 # %% ../nbs/05_recipes.ipynb #d90f221c
 def _try(recipe: Recipe, model: "nn.Module") -> None:
@@ -335,31 +343,34 @@ def _watch(recipe: Recipe, steps_per_epoch: int) -> list:
     return watch
 
 # %% ../nbs/05_recipes.ipynb #31b83db1
-def run(
-    recipe: Recipe,              # of a training run
-    model: "nn.Module",          # is trained
-    callbacks: Iterable = (),    # for `fit`
-    classes: list[str] | None = None,   # names of the classes, for the header of the weights
-) -> dict[str, list[float]]:     # the curves of `fit`
-    """Train, and leave config.yaml, checkpoints, history.json and model.safetensors in a folder.
+@dataclass
+class Training:
+    "A recipe at work on a module."
+    recipe: Recipe              # of a training run, all numbers
+    model: "nn.Module"          # is trained
+    classes: list[str] | None = None   # names of the classes, for the header of the weights
 
-    What can be checked is checked before anything is written."""
-    import torch
-    from vfm_lab.train.callbacks import ProgressBar
-    from vfm_lab.train.loop import fit
-    check(recipe)
-    loader = train_loader(recipe)
-    steps = steps_in_epoch(recipe, loader)
-    config = train_config(recipe, steps)
-    watch = _watch(recipe, steps)
-    _try(recipe, model)
-    claim_folder(recipe)
-    history = fit(model, loader, config, callbacks=[ProgressBar(), *watch, *callbacks])
-    if first_process():
-        _keep_weights(recipe, model, classes)
-        write_json(_curves(history), Path(recipe.out) / "history.json")
-    if torch.distributed.is_initialized(): torch.distributed.barrier()   # nobody reads the files before they are there
-    return history
+    def run(
+        self,
+        callbacks: Iterable = (),    # for `fit`
+    ) -> dict[str, list[float]]:     # the curves of `fit`
+        """Train, and leave a `Folder`. What can be checked is checked before anything is written."""
+        import torch
+        from vfm_lab.train.callbacks import ProgressBar
+        from vfm_lab.train.loop import fit
+        recipe = self.recipe
+        loader = train_loader(recipe)
+        steps = steps_in_epoch(recipe, loader)
+        config = train_config(recipe, steps)
+        watch = _watch(recipe, steps)
+        _try(recipe, self.model)
+        Folder(recipe).claim()
+        history = fit(self.model, loader, config, callbacks=[ProgressBar(), *watch, *callbacks])
+        if first_process():
+            _keep_weights(recipe, self.model, self.classes)
+            write_json(_curves(history), Path(recipe.out) / "history.json")
+        if torch.distributed.is_initialized(): torch.distributed.barrier()   # files are there
+        return history
 
 # %% ../nbs/05_recipes.ipynb #f9eced35
 def _keep_weights(recipe: Recipe, model: "nn.Module", classes: list[str] | None) -> None:
@@ -386,7 +397,7 @@ def pretrain(
     from vfm_lab.hub import create_model
     check(recipe)
     torch.manual_seed(recipe.seed)
-    return run(recipe, recipe.build(create_model))
+    return Training(recipe, recipe.build(create_model)).run()
 
 # %% ../nbs/05_recipes.ipynb #187ca736
 def finetune(
@@ -403,7 +414,7 @@ def finetune(
     report = _start(recipe, model) if recipe.init else "no init: training from nothing"
     if first_process(): print(report)
     mixed = dict(mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing)
-    history = run(recipe, FineTune(model, recipe.classes, **mixed), classes=names)
+    history = Training(recipe, FineTune(model, recipe.classes, **mixed), names).run()
     result = {"loss": history["loss"][-1]}
     if recipe.data.val: result |= evaluate(_test_of(recipe))
     return result
