@@ -465,12 +465,22 @@ def test_a_broken_clip_in_a_shard(tmp_path):
 
 # numbers and files of recipes
 
+@pytest.mark.parametrize("text, more, says", [
+    ("machine: {accumulate: 3}", ("--schedule.batch", 8), "machine.accumulate: 3 does not divide"),
+    ("label_map: first", (), "label_map: needs init"),
+])
+def test_a_file_may_be_half_of_a_run(tmp_path, monkeypatch, text, more, says):
+    "What contradicts itself is told when the run starts, since options may complete the file."
+    (tmp_path / "r.yaml").write_text(f"model: umt_vit_base_patch16\n{text}\n")
+    go = ("finetune", "--config", tmp_path / "r.yaml", "--out", tmp_path / "run", "--data.train", "sample")
+    assert says in leave(monkeypatch, *go, *more) and not (tmp_path / "run").exists()
+
+
 OUT_OF_RANGE = {
     "machine: {keep: -1}": "machine.keep: must be",
     "machine: {keep: 0}": "machine.keep: must be",
     "machine: {save_every: -5}": "machine.save_every: must be",
     "machine: {accumulate: 0}": "machine.accumulate: must be",
-    "machine: {accumulate: 3}\nschedule: {batch: 8}": "machine.accumulate: 3 does not divide",
     "schedule: {epochs: 0}": "schedule.epochs: must be",
     "schedule: {epochs: .inf}": "schedule.epochs: must be",
     "schedule: {epochs: .nan}": "schedule.epochs: must be",
