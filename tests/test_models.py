@@ -347,6 +347,15 @@ def test_two_towers_answer_the_same_questions(name):
     assert len(towers) >= 1
 
 
+@pytest.mark.parametrize("name, still", [("umt", "teacher"), ("coupled", "towers")])
+def test_frozen_towers_stay_still(name, still):
+    "In evaluation mode, in a copy too; the rest learns."
+    for model in (TOWERS[name](), copy.deepcopy(TOWERS[name]())):
+        model.train()
+        assert model.training and not any(m.training for m in getattr(model, still).modules())
+        assert getattr(model, "student", model).training
+
+
 def test_a_clip_tower_reads_clips():
     tower = filled(CLIPVision(**SMALL, out_dim=24)).eval()
     clip = torch.randn(2, 3, 3, 32, 32)

@@ -34,6 +34,7 @@ from vfm_lab.official.uniformerv2 import FRESH, from_clip
 from vfm_lab.models.videomae import VideoMAE, VideoMAEClassifier, classifier_from_pretrained
 from vfm_lab.models.registry import read_label_map
 from vfm_lab.models.videomae import from_transformers
+from vfm_lab.golden import read_case
 from vfm_lab.hub import load, systems
 from vfm_lab.models.registry import find_layout, head_rows
 from vfm_lab.tasks.retrieval import open_towers
@@ -941,3 +942,22 @@ def test_a_student_must_see_something(ratio):
     with pytest.raises(ValueError, match="2×2 places"):
         UMT(UMTStudent(16, 1, **TINY), CLIPVision(**TOWER), mask_ratio=ratio)
     UMT(UMTStudent(16, 1, **TINY), CLIPVision(**TOWER), mask_ratio=0.0)
+
+
+def test_a_multimodal_file_with_something_missing_is_refused_by_name(tmp_path):
+    "What its tensors do not tell, heads, a config.json beside it may say."
+    golden = Path(__file__).parent / "golden/internvideo_multimodal.json"
+    state, file = read_case(golden).weights, tmp_path / "mm.ckpt"
+    torch.save({"state_dict": state}, file)
+    with pytest.raises(CheckpointError, match="mm.ckpt"):   # narrower than a head of 64
+        load(file)
+    (tmp_path / "config.json").write_text('{"vision": {"heads": 4}, "text": {"heads": 4}}')
+    assert load(file).model.vision.config["heads"] == 4
+    lost = ["clip.visual.conv1.weight", "clip.visual_proj", "clip.text_mask_embedding",
+            "clip.ln_final.weight", "caption_decoder.visual_queries",
+            "caption_decoder.multimodal_layers.0.0.fn.fused_attn_ff_proj.weight"]
+    for key in lost:
+        assert key in state
+        torch.save({k: v for k, v in state.items() if k != key}, file)
+        with pytest.raises(CheckpointError, match="mm.ckpt"):
+            load(file)

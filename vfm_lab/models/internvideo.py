@@ -346,31 +346,40 @@ def _read(tower: nn.Module, clip: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/models/50_internvideo.ipynb #5bd9605f
 class CoupledTowers(VideoEncoder):
-    "Two frozen classifiers that read each other, and a learned sum of their scores (after InternVideo §3; no official code exists)."
+    """Two frozen classifiers that read each other, and a learned sum of their scores.
+
+    After InternVideo §3; no official code exists."""
     encoders = ("towers.masked", "towers.multi")
 
     def __init__(
         self,
-        masked: VideoMAEClassifier,  # the masked tower, fine-tuned; is frozen in place, but for norm and head
-        multi: UniFormerV2,          # the multimodal tower, fine-tuned on the same classes; the same, and its query learns
-        layers: Iterable[int],       # blocks that a cross-model attention follows, in the tower that reads
+        masked: VideoMAEClassifier,  # fine-tuned; is frozen in place, but for norm and head
+        multi: UniFormerV2,          # of the same classes; the same, and its query learns
+        layers: Iterable[int],       # blocks of the reading tower that an attention follows
         between: str = "masked",     # whose tokens read behind these blocks: "masked" or "multi"
         last: str = "multi",         # whose class vector reads at the end
         every: int = 1,              # the multimodal tower sees every n-th frame
         heads: int = 4,              # of the cross-model attentions
     ):
         super().__init__()
-        if not {between, last} <= {"masked", "multi"}: raise ValueError(f'between and last are "masked" or "multi", got {between!r} and {last!r}')
-        if masked.num_classes != multi.num_classes: raise ValueError(f"the towers know {masked.num_classes} and {multi.num_classes} classes: their scores cannot be added")
+        if not {between, last} <= {*OTHER}:
+            raise ValueError(f'between and last are "masked" or "multi", '
+                             f"got {between!r} and {last!r}")
+        if masked.num_classes != multi.num_classes:
+            raise ValueError(f"the towers know {masked.num_classes} and {multi.num_classes} "
+                             "classes: their scores cannot be added")
         self.towers = nn.ModuleDict({"masked": masked, "multi": multi}).requires_grad_(False)
-        for part in (masked.fc_norm, masked.head, multi.fc_norm, multi.head): part.requires_grad_(True)
+        for tower in (masked, multi):
+            for part in (tower.fc_norm, tower.head): part.requires_grad_(True)
         multi.fusion.query_token.requires_grad_(True)
         keep_eval(self.towers)   # no dropout, no new statistics
         self.num_classes = masked.num_classes
-        self.layers, self.between, self.last, self.every = tuple(layers), between, last, every
+        self.layers, self.every = tuple(layers), every
+        self.between, self.last = between, last
         dims = {"masked": masked.dim, "multi": multi.dim}
-        cross = lambda asks: CrossModelAttention(dims[asks], heads, dims[OTHER[asks]])
-        self.inner, self.outer = nn.ModuleList(cross(between) for _ in self.layers), cross(last)
+        def cross(asks): return CrossModelAttention(dims[asks], heads, dims[OTHER[asks]])
+        self.inner = nn.ModuleList(cross(between) for _ in self.layers)
+        self.outer = cross(last)
         self.mix = nn.Parameter(torch.full((2,), 0.5))
 
     def scores(
@@ -378,14 +387,17 @@ class CoupledTowers(VideoEncoder):
         clip: Tensor,  # (B, 3, T, H, W)
     ) -> tuple[Tensor, Tensor]:  # (B, K) of the masked and of the multimodal tower
         "Scores of both towers after they have read each other."
-        asks, tells, vectors, tokens = self.between, OTHER[self.between], {}, {}
+        asks, tells, last = self.between, OTHER[self.between], self.last
         clips = {"masked": clip, "multi": clip[:, :, ::self.every]}
+        vectors, tokens = {}, {}
         vectors[tells], tokens[tells] = _read(self.towers[tells], clips[tells])
-        read = lambda x, step: step(x.flatten(1, -2), tokens[tells]).view(x.shape)
-        with after_blocks(self.towers[asks].blocks, {i: partial(read, step=step) for i, step in zip(self.layers, self.inner)}):
+        def read(x, step): return step(x.flatten(1, -2), tokens[tells]).view(x.shape)
+        steps = {i: partial(read, step=step) for i, step in zip(self.layers, self.inner)}
+        with after_blocks(self.towers[asks].blocks, steps):
             vectors[asks], tokens[asks] = _read(self.towers[asks], clips[asks])
-        vectors[self.last] = self.outer(vectors[self.last].unsqueeze(1), tokens[OTHER[self.last]])[:, 0]
-        return tuple(tower.head(tower.head_drop(tower.fc_norm(vectors[name]))) for name, tower in self.towers.items())
+        vectors[last] = self.outer(vectors[last].unsqueeze(1), tokens[OTHER[last]])[:, 0]
+        return tuple(tower.head(tower.head_drop(tower.fc_norm(vectors[name])))
+                     for name, tower in self.towers.items())
 
     def forward(
         self,

@@ -58,8 +58,8 @@ def _text_sizes(state: State, heads: int | None) -> dict:
 # %% ../../nbs/official/50_internvideo.ipynb #d5437e9e
 def _decoder_at(state: State) -> str | None:
     "What stands before the decoder's keys; None: there is no decoder."
-    end = "visual_queries"
-    return next((k.removesuffix(end) for k in state if k.endswith(end)), None)
+    found = (re.match(r"(.*?)(visual_queries$|multimodal_layers\.)", key) for key in state)
+    return next((m[1] for m in found if m), None)
 
 def _decoder_sizes(state: State, at: str, dim: int, kv_dim: int) -> dict:
     "Of the caption decoder."

@@ -312,6 +312,7 @@ def _both_towers(file: str | Path, about: dict) -> VideoText | CLIP:
     load_weights(model, weights)
     return model
 
+# %% ../../nbs/tasks/30_retrieval.ipynb #60636e44
 def _declared_towers(file: str | Path) -> nn.Module:
     "The towers of somebody else's file, as the layout says that fits it."
     weights = read_weights(file)
