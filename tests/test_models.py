@@ -15,8 +15,7 @@ from timm.models import is_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import vfm_lab.models.internvideo  # noqa: F401  fills timm's registry, with all that it imports
-import vfm_lab.models.umt  # noqa: F401
+from vfm_lab.hub import list_models
 from vfm_lab.inputs import STATS
 from vfm_lab.models.clip import CLIP, CLIPText, CLIPVision
 from vfm_lab.models.internvideo import CoupledTowers, VideoText
@@ -31,7 +30,7 @@ UNI = dict(num_classes=5, frames=4, global_layers=(0, 1), drop=0.0)
 TEXT = dict(vocab=20, context=8, dim=48, depth=2, heads=3, out_dim=24)
 DECODER = dict(decoder_dim=24, decoder_depth=2, decoder_heads=2)
 CAPTIONS = dict(vocab=20, dim=48, kv_dim=48, depth=1, heads=2, head_dim=16, queries=5)
-OTHERS = [n for n in timm.list_models() if "vfm_lab" in timm.model_entrypoint(n).__module__]
+OTHERS = list_models()   # which fills timm's registry
 SPECIAL = {  # arguments beside those of `tiny`
     "umt_vit": dict(num_classes=5, frames=4), "umt_pretrain": dict(frames=4, teacher_dim=24, layers=2),
     "videomae_vit": dict(num_classes=5, frames=8),
@@ -346,6 +345,15 @@ def test_two_towers_answer_the_same_questions(name):
     model.set_grad_checkpointing()
     towers = [m for m in model.modules() if getattr(m, "grad_checkpointing", False)]
     assert len(towers) >= 1
+
+
+@pytest.mark.parametrize("name, still", [("umt", "teacher"), ("coupled", "towers")])
+def test_frozen_towers_stay_still(name, still):
+    "In evaluation mode, in a copy too; the rest learns."
+    for model in (TOWERS[name](), copy.deepcopy(TOWERS[name]())):
+        model.train()
+        assert model.training and not any(m.training for m in getattr(model, still).modules())
+        assert getattr(model, "student", model).training
 
 
 def test_a_clip_tower_reads_clips():
