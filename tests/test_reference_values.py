@@ -15,7 +15,8 @@ from vfm_lab.models.clip import CLIPVision, resize_frames, vision_from_openai
 from vfm_lab.models.internvideo import VideoText, sizes_from_official
 from vfm_lab.models.internvideo import from_official as tower_from_official
 from vfm_lab.models.umt import UMTClassifier, UMTStudent, teacher_target
-from vfm_lab.models.uniformerv2 import UniFormerV2, from_official
+from vfm_lab.models.uniformerv2 import UniFormerV2
+from vfm_lab.official.uniformerv2 import from_official
 from vfm_lab.objectives.alignment import uta_loss
 from vfm_lab.tokens.patching import visible_indices
 

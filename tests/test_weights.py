@@ -29,10 +29,10 @@ from vfm_lab.models.internvideo import load_official
 from vfm_lab.models.umt import UMT, UMTClassifier, UMTStudent, classifier_from_stage1
 from vfm_lab.models.umt import classifier_from_finetuned
 from vfm_lab.models.uniformerv2 import FRESH, UniFormerV2, from_clip
-from vfm_lab.models.videomae import FRESH as FRESH_MAE
-from vfm_lab.models.videomae import VideoMAE, VideoMAEClassifier, classifier_from_pretrained
+from vfm_lab.official.videomae import FRESH as FRESH_MAE
+from vfm_lab.official.videomae import classifier_from_pretrained, from_transformers
+from vfm_lab.models.videomae import VideoMAE, VideoMAEClassifier
 from vfm_lab.models.registry import read_label_map
-from vfm_lab.models.videomae import from_transformers
 from vfm_lab.hub import load, systems
 from vfm_lab.models.registry import find_layout, head_rows
 from vfm_lab.tasks.retrieval import open_towers

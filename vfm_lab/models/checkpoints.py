@@ -559,7 +559,7 @@ def registered(
     "Build a model for a registered name; raises `ValueError` for `pretrained=True`."
     timms = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
     if args.get("pretrained"):
-        raise ValueError("no weights are hosted with this lab: download the official file and use "
-                         "load_weights")
+        raise ValueError("no weights are hosted with this lab: get a file of them and open it by "
+                         "vfm_lab.load(file)")
     own = {k: v for k, v in args.items() if k not in timms}
     return cls(**{"frames": frames, **defaults, **own})
