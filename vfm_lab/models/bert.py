@@ -8,7 +8,6 @@ __all__ = ['POOLS', 'TextEmbed', 'Pooler', 'BERT']
 # %% ../../nbs/models/45_bert.ipynb #aed9fe08
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
 
 from ..nn.blocks import activation, run_blocks, take_indices

@@ -15,7 +15,8 @@ from functools import wraps
 from pathlib import Path
 from typing import get_type_hints
 
-from timm.models import FeatureGetterNet, register_model
+from timm.models import register_model
+from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from ..files import read_json

@@ -7,6 +7,8 @@ __all__ = ['FUSIONS', 'FRESH', 'LocalBlock', 'UniBlock', 'GlobalBlock', 'Fusion'
            'HierarchicalKV', 'HierarchicalQ', 'TemporalPatchEmbed', 'ArmedTower', 'UniFormerV2', 'from_clip']
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #86fa75e9
+from collections.abc import Iterable
+
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
