@@ -128,7 +128,10 @@ def _create(build: Callable, sizes: dict, args: dict) -> nn.Module:
     args = {k: v for k, v in args.items() if k not in TIMMS}
     if not args.pop("features_only", False): return build(**sizes | args)
     how = {k: args.pop(k) for k in ("out_indices", "output_fmt", "norm") if k in args}
-    return FeatureGetterNet(build(**sizes | args), **how)
+    model = build(**sizes | args)
+    net = FeatureGetterNet(model, **how)
+    net.default_cfg = net.pretrained_cfg = model.default_cfg
+    return net
 
 def _cfg(cls: type[nn.Module], sizes: dict) -> dict:
     "What `default_cfg` of such a model will say."
