@@ -526,7 +526,7 @@ def test_a_label_map_is_a_list_of_rows(tmp_path):
         (tmp_path / "map.json").write_text(text)
         with pytest.raises(CheckpointError):
             read_label_map(tmp_path / "map.json")
-    with pytest.raises(CheckpointError, match="head.weight is missing"):
+    with pytest.raises(CheckpointError, match="head.bias is missing"):
         load_weights(classifier(), {"a": torch.ones(1)}, lambda s: head_rows(s, [0]))
 
 
