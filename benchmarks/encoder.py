@@ -7,7 +7,8 @@ from _common import DEVICE, alternate, faster, machine, report, seconds
 import timm
 import torch
 from vfm_lab.models.checkpoints import load_weights
-from vfm_lab.models.clip import CLIPVision, vision_from_timm
+from vfm_lab.models.clip import CLIPVision
+from vfm_lab.official.clip import vision_from_timm
 from vfm_lab.nn.vit import VideoViT
 
 PAIRS = 15

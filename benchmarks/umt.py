@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from vfm_lab.data.synth import synth_clips
 from vfm_lab.data.transforms import normalize
 from vfm_lab.models.clip import CLIPVision, tiny_clip
-from vfm_lab.models.umt import SIZES, UMT, UMTStudent
+from vfm_lab.models.umt import UMT, UMTStudent
 from vfm_lab.objectives.alignment import uta_loss
+from vfm_lab.official.umt import SIZES
 from vfm_lab.tokens.masking import attention_sampled_mask, clip_generators
 
 BATCHES, PAIRS, STEPS, PLAIN, BF16 = (2, 4, 8), 5, 50, "plain", "ours, teacher in bf16"

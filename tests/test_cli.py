@@ -24,7 +24,8 @@ from vfm_lab.lab import asset
 from vfm_lab.hub import create_model, fill as fill_from, load, systems
 from vfm_lab.inputs import InputSpec
 from vfm_lab.models.checkpoints import read_config, save_weights
-from vfm_lab.models.internvideo import caption_words, tiny_video_text
+from vfm_lab.models.internvideo import caption_words
+from vfm_lab.official.internvideo import tiny_video_text
 from vfm_lab.tasks import recognition
 from vfm_lab.official.umt import PretrainUMT
 from vfm_lab.official.videomae import PretrainVideoMAE

@@ -430,7 +430,7 @@ def test_trackers_that_are_not_there(monkeypatch, tmp_path):
 
 
 def test_two_towers_decay_from_their_top():
-    from vfm_lab.models.internvideo import tiny_video_text
+    from vfm_lab.official.internvideo import tiny_video_text
 
     model = tiny_video_text(frames=2)
     numbers = layer_numbers(model)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 from vfm_lab.data.datasets import make_loader
 from vfm_lab.data.synth import SynthDataset
 from vfm_lab.models.clip import tiny_clip
-from vfm_lab.models.internvideo import tiny_video_text
+from vfm_lab.official.internvideo import tiny_video_text
 from vfm_lab.nn.vit import VideoClassifier
 from vfm_lab.objectives.contrastive import contrastive_loss, gather_batch
 from vfm_lab.tasks.finetune import FineTune, evaluate

@@ -13,20 +13,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.synth import COLORS, SHAPES
-from ..models.clip import CLIPVision, tiny_clip, tokenize
+from ..models.clip import CLIPVision, tiny_clip, tiny_tokenizer
 
 # %% ../../nbs/solutions/models_clip.ipynb #db7a8e12
 def check_shape_weights(answer: Callable) -> None:
     "`answer(model, tokenize)` is one unit vector per shape, (6, out_dim)."
-    model, asked = tiny_clip(), []
-    def listen(texts): asked.extend(texts); return tokenize(texts)
+    model, words, asked = tiny_clip(), tiny_tokenizer(), []
+    def listen(texts): asked.extend(texts); return words(texts)[0]
     with torch.no_grad(): out = answer(model, listen)
     assert isinstance(out, Tensor) and out.shape == (6, model.vision.out_dim), f"6 shapes and {model.vision.out_dim} numbers each, got {getattr(out, 'shape', out)}"
     assert len(set(asked)) == 36, f"36 different captions are needed, you tokenized {len(set(asked))}"
     assert torch.allclose(out.norm(dim=1), torch.ones(6), atol=1e-4), "every row must have unit length after the mean"
     with torch.no_grad():
         for i, shape in enumerate(SHAPES):
-            v = F.normalize(model.text(tokenize([f"a {c} {shape}" for c in COLORS])), dim=-1).mean(0)
+            ids, _ = words([f"a {c} {shape}" for c in COLORS])
+            v = F.normalize(model.text(ids), dim=-1).mean(0)
             assert torch.allclose(out[i], F.normalize(v, dim=0), atol=1e-4), f"the row of {shape!r} is another one: unit length first, then the mean, rows in the order of SHAPES"
 
 # %% ../../nbs/solutions/models_clip.ipynb #a0073565

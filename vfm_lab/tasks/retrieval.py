@@ -22,10 +22,11 @@ from ..data.reader import VideoReadError, linspace_indices, read_frames
 from ..data.transforms import eval_transform
 from ..inputs import STATS
 from ..files import finite, parse_json, replacing
-from ..models.checkpoints import CheckpointError, build_like, load_weights, peel
+from ..models.checkpoints import CheckpointError, build_like, layout, load_weights, peel
 from ..models.checkpoints import read_config, read_weights, save_weights
 from ..models.clip import CLIP, CLIPText, CLIPVision
-from ..models.internvideo import VideoText, load_official
+from ..models.internvideo import VideoText
+from ..models.registry import find_layout
 from ..text import JsonTokenizer, Tokenizer
 
 # %% ../../nbs/tasks/30_retrieval.ipynb #ebabbb12
@@ -290,7 +291,7 @@ def open_towers(
     "Both towers of a file; raises `CheckpointError` or `ValueError` naming the file and what is missing."
     about = read_config(file) if Path(file).suffix == ".safetensors" and Path(file).is_file() else {}
     seen, own = about.pop("input", {}), about.pop("tokenizer", None)
-    model = _both_towers(file, about) if about else load_official(file)[0]
+    model = _both_towers(file, about) if about else _declared_towers(file)
     frames, stats = _as_said(file, seen)
     reads = _reads(file, tokenizer, own)
     text, wrapped = model.text.config, FrameMean(model) if isinstance(model, CLIP) else model
@@ -309,6 +310,19 @@ def _both_towers(file: str | Path, about: dict) -> VideoText | CLIP:
     try: model = build_like(VideoText if "global_layers" in vision else plain, about, peel(weights))
     except CheckpointError as e: raise CheckpointError(f"{file}: {e}") from e
     load_weights(model, weights)
+    return model
+
+def _declared_towers(file: str | Path) -> nn.Module:
+    "The towers of somebody else's file, as the layout says that fits it."
+    weights = read_weights(file)
+    try:
+        found = find_layout(weights)
+        if not found or not found.sizes:
+            raise CheckpointError(f"no video and text tower in it; {layout(weights)}")
+        sizes, ours = found.sizes(peel(weights), {}), found.convert(weights)
+        model = build_like(found.make or found.model, sizes, ours)
+        load_weights(model, weights, lambda _: ours)
+    except CheckpointError as e: raise CheckpointError(f"{file}: {e}") from e
     return model
 
 def _as_said(file: str | Path, said: object) -> tuple[int, str]:
