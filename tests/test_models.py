@@ -80,7 +80,7 @@ def near(a, b, tol=1e-5): return (a - b).abs().max() <= tol * b.abs().max()
 
 CLASSIFIERS = [n for n in OTHERS if "pretrain" not in n]
 every = pytest.mark.parametrize("name", OTHERS)
-NAMED = [n for n in OTHERS if timm.get_pretrained_cfg(n)]   # by `named`
+NAMED = OTHERS
 every_named = pytest.mark.parametrize("name", NAMED)
 every_classifier = pytest.mark.parametrize("name", CLASSIFIERS)
 KINDS = ["umt_vit_base_patch16", "videomae_vit_base_patch16", "uniformerv2_base_patch16",
