@@ -141,16 +141,21 @@ def _cfg(cls: type[nn.Module], sizes: dict) -> dict:
                      cls.stats, cls.sampling, cls.stride)
     return timm_cfg(spec, classes, *cls.encoders[:1])
 
+# %% ../../nbs/models/05_registry.ipynb #8f9d68bc
 def named(
     frames: int,   # T it was made for
     **sizes,       # other arguments that the function gets unless its caller says otherwise
 ) -> Callable:
-    "Decorator of a function that builds a model, a `ClipReader` by its annotation: timm knows its name."
+    """Decorator of a function that builds a model: timm knows its name and its input.
+
+    Its return annotation is a `ClipReader`. Such a name raises `ValueError` for `pretrained=True`."""
     sizes = {"frames": frames, **sizes}
+
     def add(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         @wraps(build)
         def create(**args): return _create(build, sizes, args)
-        cfgs = vars(sys.modules[build.__module__]).setdefault("default_cfgs", {})   # timm looks there
+        module = sys.modules[build.__module__]
+        cfgs = vars(module).setdefault("default_cfgs", {})   # where timm looks
         cfgs[build.__name__] = _cfg(get_type_hints(build)["return"], sizes)
         return register_model(create)
     return add

@@ -164,7 +164,7 @@ class BlockTower(VideoEncoder):
     "An encoder with `embed`, `blocks` and `norm`: tokens, the loop over blocks, one norm."
     @property
     def feature_info(self) -> list[dict]:  # one entry for each block
-        "What timm's `features_only` reads: where features come from, their width, pixels in a step."
+        "What timm's `features_only` reads: where features come from, width, pixels in a step."
         size = dict(num_chs=self.dim, reduction=self.patch_embed.patch)
         return [dict(module=f"blocks.{i}", **size) for i in range(len(self.blocks))]
 

@@ -53,7 +53,7 @@ SIZES = {"vocab": ("vocab_size", 30522), "positions": ("max_position_embeddings"
 def sizes_from_config(
     about: dict,   # a config.json of Hugging Face transformers
 ) -> dict:         # arguments of `BERT`
-    "What a config says; raises `ValueError` for a model that is not a BERT, or counts places otherwise."
+    "What a config says; raises `ValueError` for what is no BERT, or counts places otherwise."
     if (kind := about.get("model_type")) != "bert":
         raise ValueError(f"model_type {kind!r}: expected 'bert'")
     if (places := about.get("position_embedding_type", "absolute")) != "absolute":
