@@ -12,7 +12,8 @@ import torch
 from vfm_lab.data.datasets import VideoManifest, make_loader
 from vfm_lab.data.reader import dense_indices
 from vfm_lab.data.transforms import train_transform
-from vfm_lab.models.videomae import SIZES, VideoMAE
+from vfm_lab.models.videomae import VideoMAE
+from vfm_lab.official.videomae import SIZES
 from vfm_lab.train.callbacks import Callback
 from vfm_lab.train.loop import TrainConfig, fit
 

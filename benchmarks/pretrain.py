@@ -14,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 from vfm_lab.models.checkpoints import load_weights
-from vfm_lab.models.videomae import DECODERS, SIZES, VideoMAE, from_transformers
+from vfm_lab.models.videomae import VideoMAE
+from vfm_lab.official.videomae import DECODERS, SIZES, from_transformers
 from vfm_lab.tokens.masking import running_cell_mask, tube_mask
 from vfm_lab.train.loop import TrainConfig, switched
 

@@ -8,8 +8,8 @@ import pickle
 import pytest
 import torch
 
-from vfm_lab.models.bert import BERT, from_official, sizes_from_config
-from vfm_lab.official.bert import run_bert
+from vfm_lab.models.bert import BERT
+from vfm_lab.official.bert import from_official, run_bert, sizes_from_config
 from vfm_lab.models.checkpoints import CheckpointError, load_weights, save_weights
 from vfm_lab.nn.text import PostNormBlock, may_attend
 from vfm_lab.golden import Case, compare

@@ -12,9 +12,11 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.models import is_model
+from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import vfm_lab
 from vfm_lab.hub import list_models
 from vfm_lab.inputs import STATS
 from vfm_lab.models.clip import CLIP, CLIPText, CLIPVision
@@ -78,6 +80,8 @@ def near(a, b, tol=1e-5): return (a - b).abs().max() <= tol * b.abs().max()
 
 CLASSIFIERS = [n for n in OTHERS if "pretrain" not in n]
 every = pytest.mark.parametrize("name", OTHERS)
+NAMED = OTHERS
+every_named = pytest.mark.parametrize("name", NAMED)
 every_classifier = pytest.mark.parametrize("name", CLASSIFIERS)
 KINDS = ["umt_vit_base_patch16", "videomae_vit_base_patch16", "uniformerv2_base_patch16",
          "uniformerv2_base_patch16_ssv2"]   # at this size all other names are one of these
@@ -113,6 +117,45 @@ def test_spec_is_the_input_and_timm_reads_it(name):
     assert (spec.stats, spec.sampling) == wanted
     with torch.no_grad(): call(model, clips(model))
     with pytest.raises(ValueError): call(model, clips(model)[..., :24, :24])
+
+
+@every_named
+def test_timm_knows_the_input_before_it_builds(name):
+    with torch.device("meta"): model = timm.create_model(name)
+    said = timm.get_pretrained_cfg(name).to_dict()
+    assert {k: said[k] for k in said.keys() & model.default_cfg.keys()} == {**model.default_cfg}
+    assert not timm.is_model_pretrained(name) and name in timm.list_models(name_matches_cfg=True)
+
+
+@every
+@pytest.mark.parametrize("create", [timm.create_model, vfm_lab.create_model])
+def test_no_weights_are_hosted(name, create):
+    with pytest.raises(ValueError, match=r"^no weights are hosted.*vfm_lab\.load\(file\)$"):
+        create(name, pretrained=True)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMED if n in CLASSIFIERS])
+def test_features_only_gives_maps(name):
+    sizes = SMALL | SPECIAL[kind(name)]
+    net = filled(timm.create_model(name, features_only=True, out_indices=[0, 1], **sizes)).eval()
+    assert net.feature_info.channels() == [48, 48] and net.feature_info.reduction() == [8, 8]
+    with torch.no_grad():
+        clip = clips(net.model)
+        maps, tokens = net(clip), net.model.forward_intermediates(clip)[1]
+        for one, all_tokens in zip(maps, tokens, strict=True):
+            patches = all_tokens if all_tokens.ndim == 3 else all_tokens[:, :, 1:].flatten(1, 2)
+            assert one.shape[:2] == (2, 48) and one.shape[3:] == (4, 4)
+            assert torch.equal(one.permute(0, 2, 3, 4, 1).flatten(1, 3), patches)
+
+
+@every
+def test_timm_scales_rates_by_layer(name):
+    model = tiny(name)
+    place = {n: i for i, group in enumerate(model.layer_groups()) for n in group}
+    named = {id(p): n for n, p in model.named_parameters()}
+    groups = param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5)
+    scales = {named[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
+    assert scales == {n: 0.5 ** (3 - place[n]) for n, p in model.named_parameters() if p.requires_grad}
 
 
 @every

@@ -14,7 +14,8 @@ from vfm_lab.models.checkpoints import load_weights
 from vfm_lab.models.clip import CLIPVision, resize_frames
 from vfm_lab.models.internvideo import VideoText
 from vfm_lab.models.umt import UMTClassifier, UMTStudent, teacher_target
-from vfm_lab.models.uniformerv2 import UniFormerV2, from_official
+from vfm_lab.models.uniformerv2 import UniFormerV2
+from vfm_lab.official.uniformerv2 import from_official
 from vfm_lab.objectives.alignment import uta_loss
 from vfm_lab.official.clip import vision_from_openai
 from vfm_lab.official.internvideo import from_official as tower_from_official

@@ -9,8 +9,9 @@ from vfm_lab.models.checkpoints import load_weights
 from vfm_lab.models.clip import CLIPText, CLIPVision, last_layers
 from vfm_lab.models.umt import UMT, UMTClassifier, UMTStudent, teacher_target
 from vfm_lab.models.uniformerv2 import UniFormerV2
-from vfm_lab.models.videomae import VideoMAE, VideoMAEClassifier, from_transformers
+from vfm_lab.models.videomae import VideoMAE, VideoMAEClassifier
 from vfm_lab.official.clip import text_from_transformers, vision_from_transformers
+from vfm_lab.official.videomae import from_transformers
 from vfm_lab.tokens.patching import visible_indices
 from vfm_lab.tokens.positions import resize_positions, sincos_1d
 

@@ -26,14 +26,14 @@ from vfm_lab.models.checkpoints import read_weights, rename, save_weights, unwra
 from vfm_lab.models.clip import CLIP, CLIPText, CLIPVision, tiny_clip
 from vfm_lab.models.umt import UMT, UMTClassifier, UMTStudent
 from vfm_lab.models.uniformerv2 import UniFormerV2
-from vfm_lab.models.videomae import FRESH as FRESH_MAE
+from vfm_lab.models.videomae import VideoMAE, VideoMAEClassifier
 from vfm_lab.official.clip import text_from_transformers, vision_from_openai, vision_from_timm
 from vfm_lab.official.clip import vision_from_transformers
 from vfm_lab.official.umt import classifier_from_finetuned, classifier_from_stage1
 from vfm_lab.official.uniformerv2 import FRESH, from_clip
-from vfm_lab.models.videomae import VideoMAE, VideoMAEClassifier, classifier_from_pretrained
+from vfm_lab.official.videomae import FRESH as FRESH_MAE
+from vfm_lab.official.videomae import classifier_from_pretrained, from_transformers
 from vfm_lab.models.registry import read_label_map
-from vfm_lab.models.videomae import from_transformers
 from vfm_lab.golden import read_case
 from vfm_lab.hub import fill, load, systems
 from vfm_lab.models.registry import find_layout, head_rows

@@ -6,7 +6,7 @@
 __all__ = ['WRAPPERS', 'LEVELS', 'PREFIXES', 'HOLDERS', 'COUNTERS', 'ARCHIVES', 'OTHERS', 'BESIDE', 'State', 'Convert',
            'SETTINGS', 'LAST', 'Said', 'LARGEST', 'TABLES', 'CheckpointError', 'Weights', 'peel', 'layout', 'unwrap',
            'read_weights', 'LoadReport', 'rename', 'compare_settings', 'load_weights', 'save_weights', 'read_config',
-           'build_like', 'registered']
+           'build_like']
 
 # %% ../../nbs/models/00_checkpoints.ipynb #56155bd6
 import itertools
@@ -547,19 +547,3 @@ def build_like(
     if (asked := sum(t.numel() for t in draft.buffers())) > held + TABLES:
         raise CheckpointError(f"its sizes ask for tables of {asked} numbers, the file has {held}")
     return make(**args)
-
-# %% ../../nbs/models/00_checkpoints.ipynb #3b09bef3
-def registered(
-    cls: type[nn.Module],  # the model's class
-    frames: int,           # T it was made for
-    args: dict,            # what timm passed on
-    /,
-    **defaults,            # arguments of the class that `args` may replace
-) -> nn.Module:            # with timm's `default_cfg`
-    "Build a model for a registered name; raises `ValueError` for `pretrained=True`."
-    timms = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    if args.get("pretrained"):
-        raise ValueError("no weights are hosted with this lab: download the official file and use "
-                         "load_weights")
-    own = {k: v for k, v in args.items() if k not in timms}
-    return cls(**{"frames": frames, **defaults, **own})

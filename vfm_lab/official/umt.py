@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from timm.models import register_model
 from torch import nn
 from torch.nn import functional as F
 
 from ..config import Few, Part, Recipe
 from ..golden import Case, Outputs, golden
-from ..models.checkpoints import CheckpointError, State, load_weights, peel, registered
-from ..models.checkpoints import rename
+from ..models.checkpoints import CheckpointError, State, load_weights, peel, rename
 from ..models.clip import CLIPVision, resize_frames, tiny_clip
-from ..models.registry import layout
+from ..models.registry import layout, named
 from ..models.umt import UMT, UMTClassifier, UMTStudent, teacher_target
 from ..objectives.alignment import uta_loss
 from .clip import clip_vision, inflate_stem, resize_grid, vision_from_openai
@@ -33,25 +31,25 @@ from ..tokens.patching import visible_indices
 SIZES = {"base": dict(dim=768, depth=12, heads=12), "large": dict(dim=1024, depth=24, heads=16)}
 
 # %% ../../nbs/official/20_umt.ipynb #026b1790
-@register_model
+@named(frames=8, **SIZES["base"], drop_path=0.1)
 def umt_vit_base_patch16(**args) -> UMTClassifier:
     "UMT B/16 for classification and features: 8 frames, 224 pixels."
-    return registered(UMTClassifier, 8, args, **SIZES["base"], drop_path=0.1)
+    return UMTClassifier(**args)
 
-@register_model
+@named(frames=8, **SIZES["large"], drop_path=0.2)
 def umt_vit_large_patch16(**args) -> UMTClassifier:
     "UMT L/16 for classification and features: 8 frames, 224 pixels."
-    return registered(UMTClassifier, 8, args, **SIZES["large"], drop_path=0.2)
+    return UMTClassifier(**args)
 
-@register_model
+@named(frames=8, **SIZES["base"], drop_path=0.1, teacher_dim=512)
 def umt_pretrain_vit_base_patch16(**args) -> UMTStudent:
     "UMT B/16 student of stage 1, for the CLIP B/16 teacher."
-    return registered(UMTStudent, 8, args, **SIZES["base"], drop_path=0.1, teacher_dim=512)
+    return UMTStudent(**args)
 
-@register_model
+@named(frames=8, **SIZES["large"], drop_path=0.2, teacher_dim=768)
 def umt_pretrain_vit_large_patch16(**args) -> UMTStudent:
     "UMT L/16 student of stage 1, for the CLIP L/14 teacher at 196 pixels."
-    return registered(UMTStudent, 8, args, **SIZES["large"], drop_path=0.2, teacher_dim=768)
+    return UMTStudent(**args)
 
 # %% ../../nbs/official/20_umt.ipynb #3c77297e
 def classifier_from_stage1(
