@@ -87,7 +87,7 @@ def golden(
     system: str,                  # as the cases state it
     unused: Iterable[str] = (),   # settings that the runner need not read
 ) -> Callable:
-    "Decorator: this function runs the cases of a system. Raises `ValueError` for a name that is taken."
+    "Decorator: it runs the cases of a system. Raises `ValueError` for a name that is taken."
     def register(run: Callable[[Case], Outputs]) -> Callable[[Case], Outputs]:
         old = RUNNERS.get(system)
         if old and old.run.__qualname__ != run.__qualname__:
@@ -102,7 +102,7 @@ class Line:
     "How one output compares."
     output: str
     met: bool
-    difference: float = float("nan")  # largest absolute difference; NaN: there is nothing to compare
+    difference: float = float("nan")  # largest absolute one; NaN: there is nothing to compare
     scale: float = 0.0                # largest absolute value of the official output
     note: str = ""
 
