@@ -87,7 +87,7 @@ class Schedule(Settings):
     eps: Positive = 1e-8                    # AdamW, Adam
     clip_grad: Positive | None = None       # largest gradient norm
     layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0  # rate of a block over that of the next
-    validate_epochs: NotNegative = 0.0      # epochs between losses on data.val; 0: only after training
+    validate_epochs: NotNegative = 0.0      # epochs between losses on data.val; 0: only afterwards
     early_stop: Whole = 0                   # end after so many values without a best; 0: never
     keep_best: bool = False                 # keep the weights with the best `monitor`
 
