@@ -15,7 +15,7 @@ from test_reference_values import fill, noise, official_multimodal, official_uni
 from torch.testing import assert_close
 
 from vfm_lab import cli, recipes
-from vfm_lab.config import RECIPES, Data, read_settings, recipe_file
+from vfm_lab.config import RECIPES, Data, recipe_file
 from vfm_lab.data.datasets import VideoManifest, VideoShards, write_shards
 from vfm_lab.data.reader import VideoReadError
 from vfm_lab.data.synth import COLORS
