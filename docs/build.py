@@ -22,9 +22,13 @@ SITE, PROC, WORK = ROOT/"_docs", ROOT/"_proc", ROOT/"_proc_site"
 SOURCE = WORK/"source"
 NUMBER = re.compile(r"(^|/)\d+[a-zA-Z0-9]*_([^/]*)$")
 TAGS = {r"echo: *false": "remove-input", r"code-fold: *true": "hide-input", r"output: *false": "remove-output"}
-ROOMS = {"tour.ipynb": "Start", "00_lab.ipynb": "Start", "02_files.ipynb": "Start", "03_inputs.ipynb": "Start",
-         "04_text.ipynb": "Start", "official": "Official files", "data": "Video in", "tokens": "Tokens", "nn": "Layers", "objectives": "Objectives", "models": "Models", "train": "Training",
-         "adapt": "Adaptation", "tasks": "Tasks", "viz": "Pictures", "studies": "Studies", "": "Reference", "solutions": "Solutions"}
+ROOMS = {"tour.ipynb": "Start", "data": "Video in", "tokens": "Tokens", "nn": "Layers", "objectives": "Objectives",
+         "models": "Models", "train": "Training", "adapt": "Adaptation", "tasks": "Tasks", "viz": "Pictures",
+         "studies": "Studies", "official": "Official files", "08_hub.ipynb": "Front door and commands",
+         "05_recipes.ipynb": "Front door and commands", "10_cli.ipynb": "Front door and commands",
+         "20_parity.ipynb": "Front door and commands", "00_lab.ipynb": "Ground", "02_files.ipynb": "Ground",
+         "03_inputs.ipynb": "Ground", "04_text.ipynb": "Ground", "06_golden.ipynb": "Ground",
+         "07_config.ipynb": "Ground", "": "Reference", "solutions": "Solutions"}
 
 
 def nb2dict(d, k=None):

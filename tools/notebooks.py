@@ -24,7 +24,7 @@ MATHS = r"window.MathJax = {tex: {inlineMath: [['$', '$'], ['\\(', '\\)']], proc
 REMOTE = re.compile(r"!\[([^\]]*)\]\(https?://[^)]*\)")   # a remote badge leaves its words
 WALK = ("index.ipynb", "tour.ipynb", "00_lab.ipynb", "02_files.ipynb", "03_inputs.ipynb", "04_text.ipynb", "data",
         "tokens", "nn", "objectives", "models", "train", "adapt", "tasks", "viz", "studies", "06_golden.ipynb",
-        "official", "07_config.ipynb", "08_hub.ipynb", "05_recipes.ipynb", "10_cli.ipynb", "20_parity.ipynb",
+        "07_config.ipynb", "official", "08_hub.ipynb", "05_recipes.ipynb", "10_cli.ipynb", "20_parity.ipynb",
         "glossary.ipynb", "solutions")
 RELATIVE = re.compile(r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)\s]+)\)")
 META = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}

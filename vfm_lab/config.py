@@ -36,7 +36,7 @@ Share = Annotated[float, Ge(0), Le(1)]
 Part = Annotated[float, Ge(0), Lt(1)]
 
 class Settings:
-    "Base of all dataclasses that are read from files: no unknown keys, no words for numbers, no NaN."
+    "Base of what is read from files: no unknown keys, no words for numbers, no NaN."
     __pydantic_config__: ClassVar[dict] = dict(extra="forbid", strict=True, allow_inf_nan=False)
 
     def consistent(self) -> None:
@@ -46,21 +46,21 @@ class Settings:
 @dataclass
 class Data(Settings):
     "Which clips, and what happens to them on the way to the model."
-    train: str = ""                                        # manifest, folder of class folders, index.json of shards, or "sample"
-    val: str = ""                                          # the same, for testing
-    root: str | None = None                                # where relative paths of a manifest start; none: its own folder
-    frames: Few = 8                                        # frames in a clip
-    size: Few = 224                                        # pixels
-    sampling: Literal["sparse", "dense", "span"] = "sparse"  # one frame per segment; every stride-th; a window stretched
-    stride: Count = 4                                      # of dense and span
+    train: str = ""              # manifest, class folders, index.json of shards, or "sample"
+    val: str = ""                # the same, for testing
+    root: str | None = None      # start of a manifest's relative paths; none: its own folder
+    frames: Few = 8              # frames in a clip
+    size: Few = 224              # pixels
+    sampling: Literal["sparse", "dense", "span"] = "sparse"  # one per segment, strided, a window
+    stride: Count = 4            # of dense and span
     crop: Literal["multiscale", "resized"] = "multiscale"  # how training crops
-    flip: bool = True                                      # mirror half of the clips
-    rand_augment: str | None = None                        # policy in timm's notation
-    erase: Share = 0.0                                     # chance of random erasing
-    stats: Literal["imagenet", "half", "clip"] = "imagenet"  # mean and std of pixels, see `inputs.STATS`
-    views: Few = 1                                         # clips made of each decoded video (official name: num_sample)
-    on_error: Literal["raise", "skip"] = "raise"           # what to do about a video that cannot be read
-    workers: Processes = 0                                 # processes that decode, for each training process
+    flip: bool = True            # mirror half of the clips
+    rand_augment: str | None = None  # policy in timm's notation
+    erase: Share = 0.0           # chance of random erasing
+    stats: Literal["imagenet", "half", "clip"] = "imagenet"  # of pixels, see `inputs.STATS`
+    views: Few = 1               # clips made of each decoded video (official name: num_sample)
+    on_error: Literal["raise", "skip"] = "raise"  # what to do about an unreadable video
+    workers: Processes = 0       # processes that decode, for each training process
 
 # %% ../nbs/07_config.ipynb #7b5c92af
 @dataclass
@@ -68,13 +68,13 @@ class Schedule(Settings):
     "How long, how fast, in how large steps."
     epochs: Positive = 1.0                  # passes over the data
     warmup_epochs: NotNegative = 0.0        # of these, linear warm-up
-    batch: Count = 256                      # videos in one optimizer step, of all processes together
+    batch: Count = 256                      # videos in one optimizer step, of all processes
     base_lr: NotNegative = 1.5e-4           # learning rate for a batch of 256
     min_lr: NotNegative = 0.0               # where the cosine ends, for a batch of 256
-    lr_counts_views: bool = False           # each view of a video counts as a clip of the batch, or it does not
+    lr_counts_views: bool = False           # each view counts as a clip of the batch
     decay: Literal["cosine", "step", "restarts", "plateau"] = "cosine"   # how the rate falls
-    milestones: list[Positive] = field(default_factory=list)   # step: after so many epochs each it is multiplied …
-    gamma: Positive = 0.1                   # … by this
+    milestones: list[Positive] = field(default_factory=list)  # step: at these epochs it is …
+    gamma: Positive = 0.1                   # … multiplied by this
     cycle_epochs: NotNegative = 0.0         # restarts: length of the first cosine; each next …
     cycle_mult: Count = 1                   # … one is so many times longer
     factor: Share = 0.1                     # plateau: it is multiplied by this …
@@ -86,10 +86,10 @@ class Schedule(Settings):
     betas: tuple[Part, Part] = (0.9, 0.95)  # AdamW, Adam
     eps: Positive = 1e-8                    # AdamW, Adam
     clip_grad: Positive | None = None       # largest gradient norm
-    layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0  # learning rate of each block over that of the block above it
-    validate_epochs: NotNegative = 0.0      # measure the loss on data.val so often; 0: only after training
-    early_stop: Whole = 0                   # end after so many values of `monitor` that are not better; 0: never
-    keep_best: bool = False                 # the weights that are kept are those with the best `monitor`
+    layer_decay: Annotated[float, Gt(0), Le(1)] = 1.0  # rate of a block over that of the next
+    validate_epochs: NotNegative = 0.0      # epochs between losses on data.val; 0: only afterwards
+    early_stop: Whole = 0                   # end after so many values without a best; 0: never
+    keep_best: bool = False                 # keep the weights with the best `monitor`
 
 # %% ../nbs/07_config.ipynb #186bb1f3
 @dataclass
@@ -119,7 +119,7 @@ class Recipe(Settings):
     seed: Seed = 0                # start of the weights, order, augmentation, masks
     steps: Count | None = None    # at most so many steps: the schedule is shortened to them
     model: str = ""               # a registered name
-    model_args: dict[str, Argument] = field(default_factory=dict)  # arguments other than the registered ones
+    model_args: dict[str, Argument] = field(default_factory=dict)  # other than the registered ones
     data: Data = field(default_factory=Data)
     schedule: Schedule = field(default_factory=Schedule)
     machine: Machine = field(default_factory=Machine)
@@ -154,7 +154,8 @@ def from_plain(
 def _fault(errors: list[dict], values: Any, kind: type) -> str:
     "One line: key, what was expected, what was found."
     keys = _keys(errors[0]["loc"], values)
-    same = [e for e in errors if _keys(e["loc"], values)[:len(keys)] == keys]   # a union has several
+    def here(error): return _keys(error["loc"], values)[:len(keys)] == keys   # a union has several
+    same = [e for e in errors if here(e)]
     first = next((e for e in same if e["type"] == "finite_number"), same[0])
     place = ".".join(keys) or "the file"
     if first["type"] == "unexpected_keyword_argument":

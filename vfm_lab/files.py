@@ -25,10 +25,12 @@ def read_text(
             while part := f.read(1 << 20):   # a device or a pipe has no size to ask for
                 content += part
                 if len(content) > limit:
-                    raise ValueError(f"{file}: more than the {limit} bytes that a text may have here")
+                    raise ValueError(f"{file}: more than the {limit} bytes "
+                                     "that a text may have here")
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as e: raise ValueError(f"{file}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError: raise ValueError(f"{file}: cannot be read as text (not UTF-8)") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: cannot be read as text (not UTF-8)") from None
 
 # %% ../nbs/02_files.ipynb #a2ddc5d4
 def parse_json(
@@ -41,8 +43,8 @@ def parse_json(
     try: value = json.loads(text, parse_constant=no_number)
     except RecursionError: raise ValueError(f"{name}: not JSON (nested too deeply)") from None
     except ValueError as e: raise ValueError(f"{name}: not JSON ({str(e)[:120]})") from None
-    if not isinstance(value, kind): raise ValueError(f"{name}: expected a JSON {WORDS[kind]}, found {type(value).__name__}")
-    return value
+    if isinstance(value, kind): return value
+    raise ValueError(f"{name}: expected a JSON {WORDS[kind]}, found {type(value).__name__}")
 
 WORDS = {dict: "object", list: "list", str: "text"}
 
@@ -81,8 +83,9 @@ def replacing(
         sync(file.parent)
     finally: draft.unlink(missing_ok=True)
 
+# %% ../nbs/02_files.ipynb #10a0e3dd
 def write_json(
-    value: Any,          # of numbers, texts, lists and dicts; raises `ValueError` for NaN and infinity
+    value: Any,          # numbers, texts, lists, dicts; raises `ValueError` for NaN and infinity
     file: str | Path,    # is replaced in one step
 ) -> None:
     "A value as a JSON file."
@@ -94,16 +97,17 @@ def printable(
     text: str,   # a name, or a message with names in it
 ) -> str:        # the same on one line, control characters escaped as in Python
     "Text that a terminal cannot misread."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    def escaped(c): return c.encode("unicode_escape", "surrogatepass").decode()
+    return "".join(c if c.isprintable() else escaped(c) for c in text)
 
 # %% ../nbs/02_files.ipynb #650e9fc7
 def finite(
     x: "torch.Tensor",   # any floating tensor  # noqa: F821
     what: str,           # what it is, for the message
-) -> "torch.Tensor":     # the same tensor; raises `ValueError` if it holds NaN or infinity  # noqa: F821
+) -> "torch.Tensor":     # the same; raises `ValueError` if it holds NaN or infinity  # noqa: F821
     "Scores that may become an answer."
-    if not x.isfinite().all():
-        raise ValueError(f"{what}: {int((~x.isfinite()).sum())} of {x.numel()} numbers are NaN or infinite")
+    odd = int((~x.isfinite()).sum())
+    if odd: raise ValueError(f"{what}: {odd} of {x.numel()} numbers are NaN or infinite")
     return x
 
 # %% ../nbs/02_files.ipynb #940b1d65

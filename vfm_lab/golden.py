@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -25,11 +26,11 @@ class Config(dict):
         super().__init__(settings)
         self.read = set()
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> Any:
         self.read.add(key)
         return super().__getitem__(key)
 
-    def get(self, key, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         "As in any dict."
         self.read.add(key)
         return super().get(key, default)
@@ -87,7 +88,7 @@ def golden(
     system: str,                  # as the cases state it
     unused: Iterable[str] = (),   # settings that the runner need not read
 ) -> Callable:
-    "Decorator: this function runs the cases of a system. Raises `ValueError` for a name that is taken."
+    "Decorator: it runs the cases of a system. Raises `ValueError` for a name that is taken."
     def register(run: Callable[[Case], Outputs]) -> Callable[[Case], Outputs]:
         old = RUNNERS.get(system)
         if old and old.run.__qualname__ != run.__qualname__:
@@ -102,7 +103,7 @@ class Line:
     "How one output compares."
     output: str
     met: bool
-    difference: float = float("nan")  # largest absolute difference; NaN: there is nothing to compare
+    difference: float = float("nan")  # largest absolute one; NaN: there is nothing to compare
     scale: float = 0.0                # largest absolute value of the official output
     note: str = ""
 

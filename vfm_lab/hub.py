@@ -79,6 +79,7 @@ def _declared(name: str) -> bool:
     "Is it a name of this lab, or of a plugin?"
     return not timm.model_entrypoint(name).__module__.startswith("timm.")
 
+# %% ../nbs/08_hub.ipynb #36e5a1fa
 def create_model(
     name: str,   # a registered name
     **args,      # arguments other than the registered ones
@@ -135,7 +136,8 @@ def _file_in(folder: Path) -> Path:
     "The weight file of a folder; raises `CheckpointError`."
     for name in FILES:
         if (folder / name).is_file(): return folder / name
-    raise CheckpointError(f"{folder}: no weights in this folder, which are called {', '.join(FILES)}")
+    raise CheckpointError(f"{folder}: no weights in this folder, which are called "
+                          f"{', '.join(FILES)}")
 
 def _read(file: Path) -> State:
     "Tensors of a file, or of all files that an index names."
@@ -148,7 +150,8 @@ def _read(file: Path) -> State:
         if Path(name).name != name: raise CheckpointError(f"{file}: {name[:80]!r} is not beside it")
         state |= read_weights(file.with_name(name))
     if lost := sorted(places.keys() - state.keys()):
-        raise CheckpointError(f"{file}: {lost[0]!r} is in none of its files ({len(lost)} are missing)")
+        raise CheckpointError(f"{file}: {lost[0]!r} is in none of its files "
+                              f"({len(lost)} are missing)")
     return state
 
 # %% ../nbs/08_hub.ipynb #e90daf1c
@@ -194,7 +197,8 @@ def _plan(given: State, said: dict, model: str | None, layout: str | None,
     found = find_layout(given, model_class(name) if name else None, layout)
     state = head_rows(found.convert(given) if found else peel(given), rows)
     if found and found.sizes and not name:
-        return Plan(found.make or found.model, {**found.sizes(peel(given), said), **args}, state, found, None)
+        sizes = found.sizes(peel(given), said)
+        return Plan(found.make or found.model, {**sizes, **args}, state, found, None)
     name = name or _named_like(state, found.model if found else nn.Module)
     if _has_head(state, name): args = {"num_classes": len(state["head.weight"])} | args
     return Plan(timm.model_entrypoint(name), {**(said if own else {}), **args}, state, found, name)
@@ -270,13 +274,14 @@ def load(
     rows = None if label_map is None else read_label_map(label_map)
     try: return _open(_read(file), file, model, layout, rows, args)
     except (CheckpointError, ValueError) as e:
-        said = str(e) if str(e).startswith((str(file), str(file.parent / "config"))) else f"{file}: {e}"
-        raise type(e)(said) from None
+        named = str(e).startswith((str(file), str(file.parent / "config")))
+        raise type(e)(str(e) if named else f"{file}: {e}") from None
 
 def _is_name(source: str | Path) -> bool:
     "A word, and not a path: no separator, no suffix of a weight file."
     return isinstance(source, str) and not any(c in source for c in "/\\.")
 
+# %% ../nbs/08_hub.ipynb #a5c715db
 def _open(given: State, file: Path, model: str | None, layout: str | None,
           rows: list[int] | None, args: dict) -> Loaded:
     "The model of a file's tensors."

@@ -34,7 +34,7 @@ class InputSpec:
     frames: int                # T
     size: int                  # pixels
     stats: str = "imagenet"    # name in `STATS`
-    sampling: str = "sparse"   # "sparse": one frame per segment; "dense": every stride-th; "span": a stretched window
+    sampling: str = "sparse"   # a frame of each segment; "dense": every stride-th; "span": a window
     stride: int = 4            # of dense and span
 
     def __post_init__(self):

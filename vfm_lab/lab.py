@@ -98,7 +98,7 @@ def solved(
     check: Callable,   # a check of `vfm_lab.exercises`: raises while the answer is wrong
     answer: Callable,  # a worked answer
 ) -> None:
-    "Run the check of an exercise on an answer that must be right, and say so; raises what the check raises."
+    "Run the check of an exercise on an answer that must be right; raises what the check raises."
     check(answer)
     print(f"✓ {check.__name__}: solved")
 
@@ -108,18 +108,19 @@ def attempt(
 ) -> None:
     "Run the check of an exercise on your answer and say what is still wrong."
     try: solved(check, answer)
-    except NotImplementedError: print(f"… {check.__name__}: nothing here yet. Replace the `raise NotImplementedError`.")
+    except NotImplementedError:
+        print(f"… {check.__name__}: nothing here yet. Replace the `raise NotImplementedError`.")
     except Exception as e: print(f"✗ {check.__name__}: {type(e).__name__}: {e}")
 
 # %% ../nbs/00_lab.ipynb #e57c700c
 def asset(
     name: str = "",  # path below `data/`, with forward slashes, e.g. "clips"
 ) -> Path:           # an existing file or folder
-    "Path of a file that ships with the lab; raises `FileNotFoundError` naming the place it looked at."
+    "Path of a file that ships with the lab; raises `FileNotFoundError` naming where it looked."
     here = Path(vfm_lab.__file__).resolve().parent
     root = here / "_assets" if (here / "_assets").is_dir() else here.parent / "data"
-    if not (root / name).exists(): raise FileNotFoundError(f"vfm_lab has no asset {name!r} (looked in {root})")
-    return root / name
+    if (root / name).exists(): return root / name
+    raise FileNotFoundError(f"vfm_lab has no asset {name!r} (looked in {root})")
 
 # %% ../nbs/00_lab.ipynb #8b35af58
 def checkout(
@@ -128,4 +129,5 @@ def checkout(
     "Path of a file that the repository holds and the package does not."
     root = Path(vfm_lab.__file__).resolve().parent.parent
     if (root / name).exists(): return root / name
-    print(f"Left out here: {name} is not in the package. In a clone of the repository this cell runs.")
+    print(f"Left out here: {name} is not in the package. "
+          "In a clone of the repository this cell runs.")

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class Finetune(Recipe):
         super().consistent()
         if self.label_map and not self.init: raise ValueError("label_map: needs init, a weight file")
 
-    def build(self, create):
+    def build(self, create: Callable) -> "nn.Module":
         "A classifier; see `Recipe.build`."
         return classifier(create(self.model, **self.model_args, num_classes=self.classes), self.model)
 

@@ -21,15 +21,17 @@ if TYPE_CHECKING: from tokenizers import Tokenizer as Rules
 
 # %% ../nbs/04_text.ipynb #cabb433b
 def pad_ids(
-    rows: Sequence[Sequence[int] | Tensor],  # a row of whole numbers for each text; lengths may differ
+    rows: Sequence[Sequence[int] | Tensor],  # whole numbers, a row for each text
     pad: int = 0,                            # fills short rows at their end
-) -> tuple[Tensor, Tensor]:                  # ids, long (B, L); attention mask, bool (B, L), True = a token
-    "Rows as a rectangle; raises `ValueError` for no rows, and for a row that is not one of whole numbers."
+) -> tuple[Tensor, Tensor]:   # ids, long (B, L); attention mask, bool (B, L), True = a token
+    "Rows of any length as a rectangle; raises `ValueError` for none, and for other numbers."
     if not len(rows): raise ValueError("no texts: a batch needs at least one")
-    tensors = [torch.as_tensor(row) if len(row) else torch.zeros(0, dtype=torch.long) for row in rows]
+    nothing = torch.zeros(0, dtype=torch.long)
+    tensors = [torch.as_tensor(row) if len(row) else nothing for row in rows]
     for row in tensors:
         if row.ndim == 1 and not (row.is_floating_point() or row.dtype == torch.bool): continue
-        raise ValueError(f"a text is a row of whole numbers, got {row.dtype} of shape {tuple(row.shape)}")
+        raise ValueError(f"a text is a row of whole numbers, got {row.dtype} "
+                         f"of shape {tuple(row.shape)}")
     lengths = torch.tensor([len(row) for row in tensors])
     ids = pad_sequence([row.long() for row in tensors], batch_first=True, padding_value=pad)
     return ids, torch.arange(ids.shape[1]) < lengths[:, None]
@@ -58,7 +60,9 @@ def _rules(source: "str | Path | dict | Rules") -> "Rules":
     "A copy of the rules, for they are changed; raises `ValueError` naming the file."
     from tokenizers import Tokenizer as Rules
     if isinstance(source, Rules): return Rules.from_str(source.to_str())
-    try: return Rules.from_str(json.dumps(source) if isinstance(source, dict) else read_text(source))
+    try:
+        text = json.dumps(source) if isinstance(source, dict) else read_text(source)
+        return Rules.from_str(text)
     except Exception as e:   # tokenizers raises nothing narrower
         name, why = "a dict" if isinstance(source, dict) else source, printable(str(e))
         raise ValueError(f"{printable(str(name))}: not a tokenizer ({why})") from None
@@ -73,11 +77,11 @@ def _unknown(rules: "Rules", text: str) -> str:
     return f"unknown: {' '.join(map(repr, odd[:5]))}{few}"
 
 # %% ../nbs/04_text.ipynb #bdf2a65a
-class JsonTokenizer:
-    "A `tokenizer.json` as a `Tokenizer`."
+class _Encoding:
+    "From texts to ids."
     def __init__(
         self,
-        source: "str | Path | dict | Rules",  # a tokenizer.json, what is in it, or a `tokenizers.Tokenizer`
+        source: "str | Path | dict | Rules",  # a tokenizer.json, what is in it, or the rules
         longest: int | None = None,    # tokens that a tower reads, L; None: any number
         truncate: bool = False,        # cut longer texts, and keep their end token; False: an error
         pad: int | None = None,        # fills short rows; None: as the file says, or 0
@@ -98,36 +102,43 @@ class JsonTokenizer:
     ) -> tuple[Tensor, Tensor]:   # ids, long (B, L); attention mask, bool (B, L), True = a token
         "Ids of texts; raises `ValueError` for an unknown word, and for a text that is too long."
         if isinstance(texts, str): raise ValueError("expected a list of texts, got one text")
-        return pad_ids([self._row(text) for text in texts], self.pad)
+        return pad_ids([_row(self, text) for text in texts], self.pad)
 
-    def _row(self, text: str) -> list[int]:
-        shown = repr(text[:60]) if isinstance(text, str) else type(text).__name__
-        try: row = self.rules.encode(text).ids
-        except Exception as e:   # tokenizers raises nothing narrower
-            why = _unknown(self.rules, text) if isinstance(text, str) else str(e)
-            raise ValueError(f"the tokenizer cannot read {shown} ({printable(why)})") from None
-        if sum(row.count(i) for i in {*self.frame}) != len(self.frame):
-            raise ValueError(f"{shown} holds a start or end token as a word")
-        if self.longest is None or len(row) <= self.longest: return row
-        if not self.truncate:
-            raise ValueError(f"{shown} has {len(row)} tokens, the tower reads {self.longest}")
-        return [*row[:self.longest - 1], row[-1]] if self.end == row[-1] else row[:self.longest]
+# %% ../nbs/04_text.ipynb #5778baf2
+def _row(tokenizer: _Encoding, text: str) -> list[int]:
+    "Ids of one text."
+    t, shown = tokenizer, repr(text[:60]) if isinstance(text, str) else type(text).__name__
+    try: row = t.rules.encode(text).ids
+    except Exception as e:   # tokenizers raises nothing narrower
+        why = _unknown(t.rules, text) if isinstance(text, str) else str(e)
+        raise ValueError(f"the tokenizer cannot read {shown} ({printable(why)})") from None
+    if sum(row.count(i) for i in {*t.frame}) != len(t.frame):
+        raise ValueError(f"{shown} holds a start or end token as a word")
+    if t.longest is None or len(row) <= t.longest: return row
+    if not t.truncate:
+        raise ValueError(f"{shown} has {len(row)} tokens, the tower reads {t.longest}")
+    return [*row[:t.longest - 1], row[-1]] if t.end == row[-1] else row[:t.longest]
 
+def _inner(tokenizer: _Encoding, row: list[int]) -> list[int]:
+    "Ids between start and end; what is left of a row without padding."
+    t = tokenizer
+    if len(t.frame) > 1 and row[:1] == [t.start]: row = row[1:]
+    if t.end in row: return row[:row.index(t.end)]
+    while row and t.end is not None and row[-1] == t.pad: row = row[:-1]
+    return row
+
+# %% ../nbs/04_text.ipynb #56dd122c
+class JsonTokenizer(_Encoding):
+    "A `tokenizer.json` as a `Tokenizer`."
     def decode(
         self,
         ids: Tensor,    # long (B, L)
     ) -> list[str]:     # without start, end and padding
         "Texts of ids; what stands behind the first end token is left out."
-        rows = [self._inner(row) for row in ids.tolist()]
+        rows = [_inner(self, row) for row in ids.tolist()]
         suffix = getattr(self.rules.model, "end_of_word_suffix", None)
         texts = [self.rules.decode(row) for row in rows]
         return [t.replace(suffix, " ").strip() if suffix else t for t in texts]
-
-    def _inner(self, row: list[int]) -> list[int]:
-        if len(self.frame) > 1 and row[:1] == [self.start]: row = row[1:]
-        if self.end in row: return row[:row.index(self.end)]
-        while row and self.end is not None and row[-1] == self.pad: row = row[:-1]
-        return row
 
     def to_str(self) -> str:   # content of a tokenizer.json
         "The rules as text, to be stored beside weights."
@@ -138,12 +149,14 @@ def word_tokenizer(
     words: Sequence[str],        # by id: padding, start, …, end
     longest: int | None = None,  # see `JsonTokenizer`
 ) -> JsonTokenizer:
-    "Whole words in lower case, start and end around them; raises `ValueError` for a word that comes twice."
+    "Whole words in lower case, start and end around them; raises `ValueError` for a word twice."
     from tokenizers import Tokenizer as Rules, models, normalizers, pre_tokenizers, processors
     if len(words) < 3 or len({*words}) < len(words):
         raise ValueError("words are padding, start, …, end, and none of them comes twice")
-    rules = Rules(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))   # not a word: unknown ones are errors
-    rules.normalizer, rules.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit()
+    numbers = {w: i for i, w in enumerate(words)}   # without "<unk>": unknown words are errors
+    rules = Rules(models.WordLevel(numbers, unk_token="<unk>"))
+    rules.normalizer = normalizers.Lowercase()
+    rules.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     start, end = (words[1], 1), (words[-1], len(words) - 1)
     rules.post_processor = processors.TemplateProcessing(
         single=f"{words[1]} $A {words[-1]}", special_tokens=[start, end])

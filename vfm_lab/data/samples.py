@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..text import Tokenizer, pad_ids
 
 # %% ../../nbs/data/25_samples.ipynb #c69ce4c4
-Kind = Callable[[str, list, list[int]], dict[str, Any]]   # name, a value and a number of clips per item → fields
+Kind = Callable[[str, list, list[int]], dict[str, Any]]   # name, values, clips of each → fields
 
 def _each(values: list, views: list[int]) -> list:
     "One value for each clip."
@@ -29,7 +29,8 @@ def _together(make: Callable, name: str, tensors: list[Tensor]) -> Tensor:
     try: return make(tensors)
     except (RuntimeError, TypeError) as e:
         shapes = sorted({f"{tuple(t.shape)} {t.dtype}" for t in tensors})
-        raise ValueError(f"{name!r}: these do not make one batch: {', '.join(shapes[:4])} ({e})") from None
+        said = ", ".join(shapes[:4])
+        raise ValueError(f"{name!r}: these do not make one batch: {said} ({e})") from None
 
 # %% ../../nbs/data/25_samples.ipynb #f9b54b9f
 def clip(name: str, values: list, views: list[int]) -> dict[str, Any]:
@@ -79,14 +80,14 @@ def span(name: str, values: list, views: list[int]) -> dict[str, Any]:
     return {name: torch.stack(rows)}
 
 # %% ../../nbs/data/25_samples.ipynb #af18edc6
-KINDS: dict[str, Kind] = {"clip": clip, "seed": seed, "ids": ids, "features": features, "span": span,
-                          "number": number, "text": text, "tensor": tensor}
+KINDS: dict[str, Kind] = {"clip": clip, "seed": seed, "ids": ids, "features": features,
+                          "span": span, "number": number, "text": text, "tensor": tensor}
 BY_TYPE = ("number", "text", "tensor")   # never chosen by the name of a field
 
 def kind_of(
     name: str,                                     # of a field
     value: object,                                 # of the first item
-    kinds: Mapping[str, str | Kind] | None = None, # field → name in `KINDS`, or a function; for this batch alone
+    kinds: Mapping[str, str | Kind] | None = None, # field → name in `KINDS`, or a function
 ) -> Kind:
     "How a field is put together; raises `ValueError` for a kind that is not in the table."
     wanted = (kinds or {}).get(name, name if name in KINDS and name not in BY_TYPE else None)
@@ -109,17 +110,18 @@ def _agree(items: list[dict]) -> list[str]:
     for item in items:
         for one, other in ((item, items[0]), (items[0], item)):
             if lacks := [name for name in other if name not in one and name != "skipped"]:
-                raise ValueError(f"{one.get('name', one.get('path', 'an item'))}: has no {lacks[0]!r}, "
+                who = one.get("name", one.get("path", "an item"))
+                raise ValueError(f"{who}: has no {lacks[0]!r}, "
                                  "which another clip of its batch has")
     return names
 
 def collate(
     items: list[dict],                             # of a data set
     kinds: Mapping[str, str | Kind] | None = None, # see `kind_of`
-) -> dict:                                         # a field or two for each field; "skipped": all messages
+) -> dict:   # a field or two for each field; "skipped": all messages
     "A batch, field by field; raises `ValueError` naming the field, or the item that lacks one."
     skipped = [message for item in items for message in item.get("skipped", [])]
-    items = [item for item in items if item.keys() != {"skipped"}]   # a dropped one left its message only
+    items = [item for item in items if item.keys() != {"skipped"}]   # such a one was dropped
     if not items: return {"skipped": skipped}
     views, batch = [_views(item) for item in items], {}
     for name in _agree(items):
@@ -138,6 +140,6 @@ def _tokenized(tokenizer: Tokenizer, name: str, values: list, views: list[int]) 
 
 def tokenized(
     tokenizer: Tokenizer,  # of the text tower
-) -> Kind:                 # of a field of sentences: they stay, "ids" and "attention_mask" come along
+) -> Kind:                 # of sentences: they stay, "ids" and "attention_mask" come along
     "A kind that reads sentences; raises `ValueError` for one that the tokenizer cannot read."
     return partial(_tokenized, tokenizer)   # a partial can be sent to a worker process

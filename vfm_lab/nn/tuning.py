@@ -28,7 +28,7 @@ def frozen_parts(
     module: nn.Module,  # any
     name: str = "",     # what its own name begins with
 ) -> dict[str, nn.Module]:
-    "The largest parts that have parameters, none of which learns, by name; \"\" is the module itself."
+    "The largest parts with parameters, none of which learns, by name; \"\" is the module itself."
     learns = [p.requires_grad for p in module.parameters()]
     if learns and not any(learns): return {name: module}
     found = {}
@@ -71,8 +71,8 @@ class Trained:
 
     def __str__(self) -> str:
         learn = sum(self.sizes.values())
-        head = (f"{len(self.sizes)} of {self.tensors} parameters learn: {learn:,} of {self.numbers:,} "
-                f"numbers ({learn / max(self.numbers, 1):.2%})")
+        head = (f"{len(self.sizes)} of {self.tensors} parameters learn: "
+                f"{learn:,} of {self.numbers:,} numbers ({learn / max(self.numbers, 1):.2%})")
         times, total = Counter(), Counter()
         for name, size in self.sizes.items():
             kind = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
@@ -93,7 +93,7 @@ def trained(
 # %% ../../nbs/nn/40_tuning.ipynb #320b48dc
 def freeze(
     model: nn.Module,          # is changed in place
-    train: Iterable[str] = (), # regexes, searched for in the names of parameters; none: all is frozen
+    train: Iterable[str] = (), # regexes, searched for in names of parameters; none: all is frozen
 ) -> Trained:                  # what learns: print it
     """Let only the parameters learn that a pattern matches; frozen parts stay in evaluation mode.
 
@@ -102,14 +102,15 @@ def freeze(
     named = list(model.named_parameters(remove_duplicate=False))
     for pattern in patterns:
         try: found = any(re.search(pattern, name) for name, _ in named)
-        except re.error as e: raise ValueError(f"{pattern!r} is not a regular expression ({e})") from None
+        except re.error as e:
+            raise ValueError(f"{pattern!r} is not a regular expression ({e})") from None
         if found: continue
         names = [name for name, _ in named]
         raise ValueError(f"no parameter matches {pattern!r}; there are {', '.join(names[:6])} "
                          f"and {max(len(names) - 6, 0)} more")
     wanted = {id(p) for name, p in named if any(re.search(pattern, name) for pattern in patterns)}
     release(model)
-    for _, p in named: p.requires_grad_(id(p) in wanted)   # a shared one learns if one of its names is meant
+    for _, p in named: p.requires_grad_(id(p) in wanted)   # a shared one: if one name is meant
     keep_eval(*frozen_parts(model).values())
     return trained(model)
 
@@ -146,9 +147,10 @@ def save_trained(
     model: nn.Module,    # after `freeze`
     file: str | Path,    # ends in .safetensors; is replaced in one step
 ) -> None:
-    "Write the part that learned, and a fingerprint of the rest; raises `ValueError` if nothing learns."
+    "Write the part that learned, a fingerprint of the rest; raises `ValueError` if nothing learns."
     if not trained(model).sizes: raise ValueError(f"{file}: nothing in this model learns")
-    with replacing(file) as draft: save_file(trained_state(model), draft, {"base": base_hash(model)})
+    about = {"base": base_hash(model)}
+    with replacing(file) as draft: save_file(trained_state(model), draft, about)
 
 def _read(file: str | Path) -> tuple[dict[str, Tensor], str]:
     "Tensors and fingerprint of a file."
@@ -160,7 +162,8 @@ def _read(file: str | Path) -> tuple[dict[str, Tensor], str]:
 
 def _faults(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[str]:
     "Why a state is not that of the part that learns."
-    for what, keys in (("missing", own.keys() - state.keys()), ("unexpected", state.keys() - own.keys())):
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    for what, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys: yield f"{what} {len(keys)}: {', '.join(map(printable, sorted(keys)[:4]))}"
     for key in sorted(own.keys() & state.keys()):
         if own[key].shape != state[key].shape:
@@ -169,10 +172,10 @@ def _faults(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> Iterator[
 
 # %% ../../nbs/nn/40_tuning.ipynb #f12f187c
 def load_trained(
-    model: nn.Module,                            # with the same base, and frozen by the same patterns
+    model: nn.Module,                            # with the same base, frozen by the same patterns
     source: str | Path | Mapping[str, Tensor],   # file of `save_trained`, or a `trained_state`
 ) -> None:
-    """Fill the part that learns, or raise `ValueError` with all that does not fit and change nothing.
+    """Fill the part that learns; raises `ValueError` with what does not fit, and changes nothing.
 
     A file is refused too if the rest of the model is not the one it was trained with."""
     is_file = isinstance(source, (str, Path))
@@ -181,5 +184,6 @@ def load_trained(
     if faults := list(_faults(trained_state(model), state)):
         raise ValueError(f"{name}: not the part that learns here; {'; '.join(faults[:6])}")
     if base is not None and base != base_hash(model):
-        raise ValueError(f"{name}: trained on another base: its frozen weights are not those of this model")
+        raise ValueError(f"{name}: trained on another base: "
+                         "its frozen weights are not those of this model")
     model.load_state_dict(dict(state), strict=False)

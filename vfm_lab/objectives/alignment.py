@@ -16,7 +16,9 @@ def uta_loss(
     kind: str = "l2",  # "l2": 2 − 2·cos; "mse" or "smooth_l1": per element
 ) -> Tensor:           # scalar, the mean over layers, clips and tokens
     "Unmasked token alignment: the student repeats the teacher where it can see (UMT §3)."
-    if student.shape != teacher.shape: raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ")
+    if student.shape != teacher.shape:
+        shapes = f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)}"
+        raise ValueError(f"{shapes} differ")
     if kind == "l2": return (2 - 2 * (student * teacher).sum(-1)).mean()
     if kind == "mse": return F.mse_loss(student, teacher)
     if kind == "smooth_l1": return F.smooth_l1_loss(student, teacher)

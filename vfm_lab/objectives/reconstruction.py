@@ -18,15 +18,17 @@ def pixel_cubes(
     clip: Tensor,                    # (B, 3, T, H, W)
     patch: int,                      # patch side in pixels
     tubelet: int,                    # frames per token
-    stats: str | None = "imagenet",  # statistics to undo: "imagenet", "clip" or "half"; None: already in [0, 1]
+    stats: str | None = "imagenet",  # to undo, see `inputs.STATS`; None: already in [0, 1]
     tokens: Tensor | None = None,    # long (B, n) which tokens; None: all
 ) -> Tensor:                         # (B, n, tubelet·patch·patch, 3) in [0, 1]
     "The pixels of tokens, colour last; raises `ValueError` for unknown statistics."
     x = rearrange(clip, "b c (t u) (h p) (w q) -> b t h w c u p q", u=tubelet, p=patch, q=patch)
     h, w = x.shape[2:4]
     if tokens is None: x = x.flatten(1, 3)
-    else: x = x[torch.arange(len(x), device=x.device)[:, None], tokens // (h * w), tokens // w % h, tokens % w]
-    x = x.flatten(3).transpose(2, 3).float()                      # a view: in memory each colour stays in one piece
+    else:
+        row = torch.arange(len(x), device=x.device)[:, None]
+        x = x[row, tokens // (h * w), tokens // w % h, tokens % w]
+    x = x.flatten(3).transpose(2, 3).float()   # a view: each colour stays in one piece
     if stats is None: return x
     mean, std = mean_std(stats, x)
     return (x * std).add_(mean)
@@ -59,15 +61,17 @@ def reconstruction_loss(
     target: Tensor,      # (B, n, L) of the same tokens
     hidden: Tensor,      # bool (B, n), True = the encoder did not see this token
 ) -> Tensor:             # scalar
-    "Mean squared error over tokens that are decoded and hidden (VideoMAE V2 §3); NaN if there is none."
-    if prediction.shape != target.shape: raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ")
+    "Mean squared error over tokens decoded and hidden (VideoMAE V2 §3); NaN if there is none."
+    if prediction.shape != target.shape:
+        shapes = f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)}"
+        raise ValueError(f"{shapes} differ")
     error = F.mse_loss(prediction.float(), target, reduction="none").sum(-1)  # (B, n)
     return (error * hidden).sum() / (hidden.sum() * target.shape[-1])
 
 # %% ../../nbs/objectives/05_reconstruction.ipynb #4225adb5
 def paint(
     prediction: Tensor,  # (B, n, L·3) normalised pixels
-    cubes: Tensor,       # (B, n, L, 3) the true pixels of the same tokens, which lend mean and contrast
+    cubes: Tensor,       # (B, n, L, 3) true pixels of the same tokens, which lend mean and contrast
     normalize: bool = True,  # as in `pixel_target`
 ) -> Tensor:             # (B, n, L, 3) pixels
     "Undo the normalisation of the target."

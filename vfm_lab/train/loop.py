@@ -23,12 +23,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast, gather_object, send_to_device)
+from accelerate.utils import (DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast,
+                              gather_object, send_to_device)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
@@ -36,9 +35,8 @@ from torch.utils.checkpoint import checkpoint
 from ..files import locked
 from .callbacks import Plateau, Record
 from .optim import param_groups
-from .resume import (
-    RunError, batch_len, clear_drafts, fingerprint, fixed_order, numbered, resume,
-    save_checkpoint, seed_everything, together)
+from .resume import (RunError, batch_len, clear_drafts, fingerprint, fixed_order,
+                                  numbered, resume, save_checkpoint, seed_everything, together)
 from .run import Run, TrainConfig, learning_rate, make_optimizer
 
 # %% ../../nbs/train/10_loop.ipynb #d014ef15

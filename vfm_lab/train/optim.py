@@ -117,8 +117,10 @@ def param_groups(
     weight_decay: float,       # decay of the matrices and kernels
     layer_decay: float = 1.0,  # each layer's learning rate over that of the layer above it, d
 ) -> list[dict]:               # for an optimizer; "lr_scale" is the share of the schedule's rate
-    """Split the trainable parameters: lower layers learn more slowly, and what is no weight
-    (vectors, tokens, position tables, scales, `model.no_weight_decay()`) does not decay."""
+    """Split the trainable parameters by layer, and by whether they decay.
+
+    Lower layers learn more slowly. What is no weight does not decay: vectors, tokens, position
+    tables, scales, and what `model.no_weight_decay()` names."""
     layers, groups = layer_numbers(model) if layer_decay != 1 else {}, {}
     free = {f"{name}.{own}" if name else own for name, module in model.named_modules()
             if hasattr(module, "no_weight_decay") for own in module.no_weight_decay()}
