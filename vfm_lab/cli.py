@@ -139,7 +139,7 @@ class Classify(Settings):
 def classify(*options: str) -> int:
     "Name what happens in videos: `vfm_lab classify my.mp4 --weights FILE --labels FILE`."
     from vfm_lab.hub import load
-    from vfm_lab.recipes import classifier
+    from vfm_lab.recipes import classifier, trained
     from vfm_lab.tasks.classify import classify as run, find_videos, read_labels
     job = parse(Classify, list(options), "vfm_lab classify")
     if not job.videos or not job.weights: raise ValueError("classify needs a video and --weights")
@@ -148,7 +148,7 @@ def classify(*options: str) -> int:
         if not job.labels: raise ValueError("--label-map first needs --labels, to know how many rows to keep")
         rows = range(len(read_labels(job.labels)))
     found = load(job.weights, job.model, label_map=rows, **job.model_args)
-    net = classifier(found.model, found.name or job.weights).to(_device())
+    net = classifier(trained(found, job.weights).model, found.name or job.weights).to(_device())
     for note in found.report.notes: print(f"vfm_lab: {printable(job.weights)}: {note}", file=sys.stderr)
     names = read_labels(job.labels, net.num_classes) if job.labels else found.labels
     asked = {k: getattr(job, k) for k in ("sampling", "stats") if getattr(job, k)}
@@ -179,24 +179,28 @@ class Search(Settings):
     "Find videos by what they show."
     texts: Annotated[tyro.conf.Positional[list[str]], tyro.conf.arg(metavar="TEXT …")] = field(default_factory=list)  # what to look for, each in its own quotes
     videos: list[str] = field(default_factory=list)  # files, or folders of them
-    weights: str = ""                     # file with a video and a text tower
-    tokenizer: str | None = None          # tokenizer.json of CLIP; files of this lab carry their own
-    stats: Literal["imagenet", "half", "clip"] | None = None  # mean and std of pixels; none: as the file says, or CLIP's
+    weights: str = ""                     # file or folder with a video and a text tower, or a name
+    model: str | None = None              # its registered name; none: as the file shows
+    model_args: dict[str, Argument] = field(default_factory=dict)  # arguments other than the registered ones
+    tokenizer: str | None = None          # tokenizer.json; none: it is in the file, or beside it
+    stats: Literal["imagenet", "half", "clip"] | None = None  # mean and std of pixels; none: as the file or the kind of model says
     index: str = "vfm_lab_index.safetensors"  # keeps the vectors of videos
     top: Count = 5                        # so many videos for each text
     json: bool = False                    # print JSON instead of a table
 
 def search(*options: str) -> int:
     "Find videos by what they show: `vfm_lab search \"a dog jumps\" --videos FOLDER --weights FILE`."
+    from vfm_lab.recipes import open_towers
     from vfm_lab.tasks.classify import find_videos
-    from vfm_lab.tasks.retrieval import open_towers, search as find, video_index
+    from vfm_lab.tasks.retrieval import search as find, video_index
     job = parse(Search, list(options), "vfm_lab search")
     if not job.texts or not job.videos or not job.weights: raise ValueError("search needs a text, --videos and --weights")
-    files, towers = find_videos(job.videos), open_towers(job.weights, job.tokenizer)
+    files = find_videos(job.videos)
+    towers = open_towers(job.weights, job.tokenizer, job.model, **job.model_args)
     towers.model.to(_device())
     towers.stats = job.stats or towers.stats
     asked = towers.texts(job.texts)
-    stored = video_index(towers, files, job.index, job.weights)
+    stored = video_index(towers, files, job.index)
     if not job.json:
         kept = len(stored.videos) - stored.made
         print(f"{len(stored.videos)} videos: {stored.made} embedded now, "
