@@ -21,7 +21,7 @@ from vfm_lab.data.reader import VideoReadError
 from vfm_lab.data.synth import COLORS
 from vfm_lab.data.transforms import eval_transform
 from vfm_lab.lab import asset
-from vfm_lab.hub import create_model, fill as fill_from, load, systems
+from vfm_lab.hub import Loaded, create_model, fill as fill_from, load, save, systems
 from vfm_lab.inputs import InputSpec
 from vfm_lab.models.checkpoints import read_config, save_weights
 from vfm_lab.models.internvideo import caption_words, tiny_video_text
@@ -31,8 +31,7 @@ from vfm_lab.official.videomae import PretrainVideoMAE
 from vfm_lab.tasks.classify import classify
 from vfm_lab.tasks.features import extract_features, load_features
 from vfm_lab.tasks.finetune import evaluate as measure
-from vfm_lab.tasks.retrieval import (
-    Towers, open_towers, save_towers, search as find, video_index, zero_shot)
+from vfm_lab.tasks.retrieval import Towers, search as find, video_index, zero_shot
 from vfm_lab.text import word_tokenizer
 from vfm_lab.train.loop import sharded
 from vfm_lab.train.resume import checkpoints
@@ -45,6 +44,12 @@ ENV = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE
 def shards(test):
     "Torch 2.6 cannot shard on a CPU; `fit` then says so, which is tested in its place (test_a_torch_that_cannot_shard_says_so)."
     return test if hasattr(torch.cpu.Stream, "record_event") else None
+
+
+def save_towers(towers, file):
+    "Weights that say how they are fed and have their words."
+    spec = InputSpec(towers.frames, towers.size, towers.stats)
+    save(Loaded(towers.model, spec, tokenizer=towers.tokenizer.to_str()), file)
 
 
 def kind_of(file):
@@ -157,7 +162,7 @@ def test_help_is_quick():
 MISTAKES = [("pretrain", "umt", "--config", "no.yaml"), ("pretrain", "umt", "--config", "recipes/videomae_tiny.yaml"), ("pretrain", "umt", "--teacher", "tiny"),
             ("eval",), ("features", "--video", "no.mp4", "--weights", "no.pth"), ("pretrain", "umt", "--model", "umt_vit"), ("finetune", "--data.train", "no.csv"),
             ("classify",), ("classify", "no.mp4", "--weights", "no.pth"), ("classify", "data/clips", "--weights", "data/weights/tiny_clip.safetensors"), ("search", "a star"),
-            ("classify", "data/clips/tour.mp4", "--weights", "no.pth"), ("search", "a star", "--videos", "data/clips", "--weights", "data/weights/tiny_clip.safetensors")]
+            ("classify", "data/clips/tour.mp4", "--weights", "no.pth"), ("search", "a star", "--videos", "data/clips", "--weights", "umt_vit_base_patch16")]
 
 
 @pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
@@ -406,7 +411,12 @@ def test_search(tmp_path, monkeypatch, capsys):
     (folder / "bad.mp4").unlink()
     run(monkeypatch, *ask)
     assert "0 embedded now" in capsys.readouterr().out
-    save_towers(tiny, weights)                                       # another file, another time
+    save_towers(tiny, weights)                                       # the same weights, written again
+    run(monkeypatch, *ask)
+    assert "3 videos: 0 embedded now" in capsys.readouterr().out
+    with torch.no_grad():
+        tiny.model.proj.mul_(-1)
+    save_towers(tiny, weights)                                       # others
     run(monkeypatch, *ask)
     assert "3 videos: 3 embedded now" in capsys.readouterr().out
     for words, message in ((("search", "a red car", *ask[3:]), "cannot read 'a red car'"), ((*ask, "--index", folder / "00_left.mp4"), "not an index"),
@@ -421,7 +431,7 @@ def test_search_with_an_official_file(tmp_path, monkeypatch, capsys):
     state = {f"clip.{k}": v for k, v in fill(official_multimodal(dim=64, width=64)).items()}
     torch.save({"state_dict": state}, tmp_path / "mm.ckpt")
     (tmp_path / "t.json").write_text(word_tokenizer([f"w{i}" for i in range(100)]).to_str())
-    towers = open_towers(tmp_path / "mm.ckpt", tmp_path / "t.json")
+    towers = recipes.open_towers(tmp_path / "mm.ckpt", tmp_path / "t.json")
     assert (towers.stats, towers.frames, towers.size, towers.context, towers.vocab) == ("clip", 8, 32, 12, 100)
     ask = ("search", "w5 w7", "--videos", asset("clips/tour.mp4"), asset("clips/moments.mp4"), "--weights", tmp_path / "mm.ckpt", "--index", tmp_path / "i.safetensors")
     run(monkeypatch, *ask, "--tokenizer", tmp_path / "t.json")
@@ -1070,7 +1080,7 @@ def indexed(tmp_path_factory):
     )
     save_towers(tiny, folder / "w.safetensors")
     videos = [asset(f"clips/{n}.mp4") for n in ("00_left", "01_right")]
-    video_index(tiny, videos, folder / "i.safetensors", folder / "w.safetensors")
+    video_index(tiny, videos, folder / "i.safetensors")
     with safe_open(folder / "i.safetensors", "pt") as f:
         about, vectors = json.loads(f.metadata()["index"]), f.get_tensor("vectors").clone()
     return tiny, folder, videos, about, vectors
@@ -1109,7 +1119,7 @@ def test_a_tampered_index_is_refused(name, indexed, tmp_path):
     )
     before = file.read_bytes()
     with pytest.raises(ValueError) as caught:
-        video_index(tiny, videos, file, folder / "w.safetensors")
+        video_index(tiny, videos, file)
     assert (
         str(caught.value).startswith(f"{file}: ")
         and len(str(caught.value).splitlines()) == 1
@@ -1121,7 +1131,7 @@ def test_an_index_does_not_lean_on_its_file(indexed, tmp_path):
     "Vectors are copies: who overwrites the file changes no answer. Every 50 videos are written."
     tiny, folder, videos, about, vectors = indexed
     file = shutil.copy(folder / "i.safetensors", tmp_path)
-    stored = video_index(tiny, videos, file, folder / "w.safetensors")
+    stored = video_index(tiny, videos, file)
     with open(file, "r+b") as f:
         f.write(b"\xff" * Path(file).stat().st_size)
     assert stored.made == 0 and torch.equal(stored.vectors, vectors)
@@ -1139,10 +1149,10 @@ def test_an_index_does_not_lean_on_its_file(indexed, tmp_path):
     tiny.video = slow
     try:
         with pytest.raises(KeyboardInterrupt):
-            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors")
+            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file)
         tiny.video = lambda path: vectors[1]
         assert (
-            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors").made
+            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file).made
             == 2
         )
     finally: tiny.video = embed

@@ -13,11 +13,13 @@ import vfm_lab
 from vfm_lab import cli
 from vfm_lab.config import RECIPES
 from vfm_lab.golden import RUNNERS
-from vfm_lab.hub import GROUP, plugin
+from vfm_lab.hub import GROUP, Loaded, plugin, save
 from vfm_lab.inputs import InputSpec
 from vfm_lab.lab import asset
 from vfm_lab.models.registry import LAYOUTS
+from vfm_lab.recipes import open_towers
 from vfm_lab.tasks.features import load_features
+from vfm_lab.text import word_tokenizer
 from vfm_lab.viz.attention import attention_map, record_attention
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +90,28 @@ def test_parity(toy, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 1 and "depth=7" in capsys.readouterr().out
+
+
+def test_search(toy, tmp_path, monkeypatch, capsys):
+    "Whatever embeds videos and texts is searched with; padding does not change a vector."
+    words = word_tokenizer(["<pad>", "<start>", *(f"w{i}" for i in range(2, 19)), "<end>"])
+    file = tmp_path / "towers.safetensors"
+    model = vfm_lab.create_model("toy_towers")
+    save(Loaded(model, name="toy_towers"), file)
+    ask = ("search", "w2", "--videos", asset("clips/tour.mp4"), asset("clips/moments.mp4"), "--weights", file,
+           "--index", tmp_path / "i.safetensors")
+    (tmp_path / "words.json").write_text(words.to_str())
+    run(monkeypatch, *ask, "--tokenizer", tmp_path / "words.json")
+    assert capsys.readouterr().out.count(".mp4") == 2
+    towers = open_towers(file, tmp_path / "words.json")
+    assert (towers.frames, towers.size, towers.vocab, towers.context) == (4, 32, 20, None)
+    torch.testing.assert_close(towers.texts(["w2", "w3 w4 w5 w6"])[0], towers.texts(["w2"])[0])
+    (tmp_path / "words.json").write_text(word_tokenizer([f"w{i}" for i in range(21)]).to_str())
+    for words, said in ((("--tokenizer", tmp_path / "words.json"), "the tower knows 20"), ((), "brings no tokenizer"),
+                        (("--weights", "toy_towers"), "without weights"), (("--weights", "umt_vit_base_patch16"), "without weights")):
+        monkeypatch.setattr(sys, "argv", [str(w) for w in ("vfm_lab", *ask, *words)])
+        with pytest.raises(SystemExit, match=said):
+            cli.main()
 
 
 @pytest.mark.parametrize("name", ["toy_classifier", "toy_adapted"])

@@ -142,7 +142,7 @@ def two_towers(
     if spec is None: raise ValueError(f"a {type(model).__name__} does not say its input_spec")
     frames = spec.frames if both or spec.frames > 1 else FrameMean.frames
     text = getattr(model, "text", None)
-    sizes = getattr(text, "config", {})
+    sizes = getattr(model if text is None else text, "config", {})
     return Towers((model if both else FrameMean(model)).eval(), tokenizer, frames, spec.size, spec.stats,
                   sizes.get("context"), sizes.get("vocab", tokenizer.vocab),
                   getattr(text, "fixed", {}).get("end") == LAST)
