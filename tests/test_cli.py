@@ -8,14 +8,16 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_reference_values import fill, noise, official_multimodal, official_uniformerv2
 from torch.testing import assert_close
 
 from vfm_lab import cli, recipes
-from vfm_lab.config import RECIPES, Data, read_settings, recipe_file
+from vfm_lab.config import RECIPES, Data, recipe_file
 from vfm_lab.data.datasets import VideoManifest, VideoShards, write_shards
 from vfm_lab.data.reader import VideoReadError
 from vfm_lab.data.synth import COLORS
@@ -33,6 +35,7 @@ from vfm_lab.tasks.features import extract_features, load_features
 from vfm_lab.tasks.finetune import evaluate as measure
 from vfm_lab.tasks.retrieval import Towers, search as find, video_index, zero_shot
 from vfm_lab.text import word_tokenizer
+from vfm_lab.train import loop
 from vfm_lab.train.loop import sharded
 from vfm_lab.train.resume import checkpoints
 
@@ -1224,3 +1227,50 @@ def test_what_a_new_user_tries(tmp_path, monkeypatch, capsys):
     save_file({"x": torch.ones(1)}, pre, {"config": json.dumps(about)})
     said = leave(monkeypatch, "classify", tmp_path / "in/a.mp4", "--weights", pre)
     assert "fine-tune it first" in said
+
+
+# curves that leave the process
+
+LITTLE = ("--config", "recipes/umt_tiny.yaml", "--steps", "2")
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "get_available_trackers", lambda: [])
+    for words in (("--log", "tensorboard"), ("--log=tensorboard",)):
+        said = leave(monkeypatch, "pretrain", "umt", *LITTLE, "--out", tmp_path / "run", *words)
+        assert said == "vfm_lab: log: 'tensorboard' is not installed: pip install tensorboard"
+    assert not (tmp_path / "run/log.jsonl").exists() and not checkpoints(tmp_path / "run")
+    said = leave(monkeypatch, "pretrain", "umt", *LITTLE, "--out", tmp_path / "run", "--log", "paper")
+    assert "log: expected one of" in said and "'paper'" in said
+
+
+class Board(GeneralTracker):
+    "Stands in for TensorBoard."
+    name, requires_logging_directory, seen = "tensorboard", True, []
+
+    def __init__(self, run_name, logging_dir, **kwargs):
+        super().__init__()
+        self.folder = Path(logging_dir)
+
+    @property
+    def tracker(self): return self.seen
+
+    def store_init_configuration(self, values): pass
+
+    def log(self, values, step, **kwargs):
+        lines = (self.folder / "log.jsonl").read_text().splitlines()
+        self.seen.append((step, values["loss"], len(lines)))
+
+
+def test_log_sends_the_curves_from_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Board)
+    for module in (loop, tracking):
+        monkeypatch.setattr(module, "get_available_trackers", lambda: [LoggerType("tensorboard")])
+    small = ("--model", "umt_vit_base_patch16", "--model-args", "depth", "1", "dim", "32", "heads", "2", "patch",
+             "16", "image_size", "32", "frames", "4", "--data.train", "sample", "--data.frames", "4", "--data.size", "32")
+    for command, words in (("pretrain", ("umt", *LITTLE)), ("finetune", (*small, "--classes", "8", "--steps", "2", "--schedule.batch", "8"))):
+        Board.seen.clear()
+        run(monkeypatch, command, *words, "--out", tmp_path / command, "--log", "tensorboard")
+        kept = json.loads((tmp_path / command / "history.json").read_text())["loss"]
+        assert [step for step, *_ in Board.seen] == [1, 2] and [loss for _, loss, _ in Board.seen] == kept
+        assert Board.seen[0][2] >= 1   # what the first step said is on disk already

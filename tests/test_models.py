@@ -15,7 +15,7 @@ from timm.models import is_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import vfm_lab.models.internvideo  # noqa: F401  fills timm's registry, with all that it imports
+import vfm_lab.models.internvideo
 import vfm_lab.models.umt  # noqa: F401
 from vfm_lab.inputs import STATS
 from vfm_lab.models.clip import CLIP, CLIPText, CLIPVision
