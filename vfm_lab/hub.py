@@ -278,7 +278,7 @@ def load(
     if (file := _file_of(source)) is None:
         given = dict(model=model, layout=layout, label_map=label_map)
         if unused := [k for k, v in given.items() if v is not None]:
-            raise ValueError(f"{source}: a name without weights, for which {unused[0]} says nothing")
+            raise ValueError(f"{source}: a name and no file, so {unused[0]} is of no use")
         net = create_model(str(source), **args)
         return Loaded(net.eval(), getattr(net, "input_spec", None), name=str(source))
     rows = None if label_map is None else read_label_map(label_map)
