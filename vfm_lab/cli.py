@@ -79,8 +79,9 @@ def parse(
     check(recipe)
     return recipe
 
+# %% ../nbs/10_cli.ipynb #57fdcd9e
 def _long(args: list[str], short: dict[str, str]) -> list[str]:
-    "Words with second names written out; `--config=FILE`, and what has a second name, in two words."
+    "Words with second names written out; these options and `--config` without an equals sign."
     words = []
     for arg in args:
         name, _, value = arg.partition("=")
@@ -193,13 +194,14 @@ class Search(Settings):
     videos: list[str] = field(default_factory=list)  # files, or folders of them
     weights: str = ""                     # file or folder with a video and a text tower, or a name
     model: str | None = None              # its registered name; none: as the file shows
-    model_args: dict[str, Argument] = field(default_factory=dict)  # arguments other than the registered ones
+    model_args: dict[str, Argument] = field(default_factory=dict)  # besides the registered ones
     tokenizer: str | None = None          # tokenizer.json; none: it is in the file, or beside it
-    stats: Literal["imagenet", "half", "clip"] | None = None  # mean and std of pixels; none: as the file or the kind of model says
+    stats: Literal["imagenet", "half", "clip"] | None = None  # of pixels; none: as the file says
     index: str = "vfm_lab_index.safetensors"  # keeps the vectors of videos
     top: Count = 5                        # so many videos for each text
     json: bool = False                    # print JSON instead of a table
 
+# %% ../nbs/10_cli.ipynb #0f1a0efa
 def search(*options: str) -> int:
     "Find videos by what they show: `vfm_lab search \"a dog jumps\" --videos FOLDER --weights FILE`."
     from vfm_lab.recipes import open_towers

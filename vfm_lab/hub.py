@@ -149,6 +149,7 @@ def _is_name(source: str | Path) -> bool:
     "A word, and not a path: no separator, no suffix of a weight file."
     return isinstance(source, str) and bool(source) and not any(c in source for c in "/\\.")
 
+# %% ../nbs/08_hub.ipynb #af1601fc
 def _read(file: Path) -> State:
     "Tensors of a file, or of all files that an index names."
     if not file.name.endswith(".index.json"): return read_weights(file)
@@ -222,7 +223,7 @@ class Loaded(ModelHubMixin):
     report: LoadReport | None = None  # what became of every key; None: nothing was loaded
     labels: list[str] | None = None   # names of the classes, as far as they are known
     name: str | None = None           # registered name, if it has one
-    tokenizer: str | None = None      # tokenizer.json as text, if the file carries one or lies beside one
+    tokenizer: str | None = None      # tokenizer.json as text, from the file or beside it
 
     def _save_pretrained(self, save_directory: Path) -> None:
         about = {"library_name": "vfm_lab"} | header(self)

@@ -50,11 +50,6 @@ class Finetune(Recipe):
     test_clips: Few = 4                  # views along time, after training
     test_crops: Literal[1, 3] = 3        # views in space
 
-    def consistent(self) -> None:
-        "Raises `ValueError` for settings that contradict each other."
-        super().consistent()
-        if self.label_map and not self.init: raise ValueError("label_map: needs init, a weight file")
-
     def build(self, create):
         "A classifier; see `Recipe.build`."
         return classifier(create(self.model, **self.model_args, num_classes=self.classes), self.model)
@@ -399,6 +394,8 @@ def finetune(
     from vfm_lab.hub import create_model
     from vfm_lab.tasks.finetune import FineTune
     check(recipe)
+    if recipe.label_map and not recipe.init:   # a recipe may leave the file to the command line
+        raise ValueError("label_map: needs init, a weight file")
     names = check_labels(recipe)
     torch.manual_seed(recipe.seed)
     model = recipe.build(create_model)
@@ -410,6 +407,7 @@ def finetune(
     if recipe.data.val: result |= evaluate(_test_of(recipe))
     return result
 
+# %% ../nbs/05_recipes.ipynb #6d9218e3
 def _start(recipe: Finetune, model: "nn.Module") -> str:
     "Fill a classifier from a file; the report."
     from vfm_lab.hub import fill
@@ -458,7 +456,7 @@ def open_weights(
 
 # %% ../nbs/05_recipes.ipynb #9171e016
 def open_towers(
-    weights: str | Path,                  # a weight file, a folder with one, or the name of weights that ship with the lab
+    weights: str | Path,                  # a weight file, a folder with one, or a name of the lab's
     tokenizer: str | Path | None = None,  # tokenizer.json; None: the weights bring their own
     model: str | None = None,             # registered name; None: as the file shows
     **args: Any,                          # arguments of the model other than the registered ones

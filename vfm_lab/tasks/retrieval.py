@@ -126,7 +126,7 @@ class FrameMean(nn.Module):
 
 # %% ../../nbs/tasks/30_retrieval.ipynb #2df6b74c
 def two_towers(
-    model: nn.Module,               # `encode_video`: (B, 3, T, H, W) → (B, E), `encode_text`: (B, L) → (B, E)
+    model: nn.Module,               # `encode_video` of clips, `encode_text` of ids, both → (B, E)
     tokenizer: Tokenizer,           # of the text tower
     spec: InputSpec | None = None,  # how clips are made; None: as the model says
 ) -> Towers:                        # in evaluation mode
@@ -136,16 +136,16 @@ def two_towers(
     def has(kind, *names): return all(isinstance(getattr(model, n, None), kind) for n in names)
     both = has(Callable, "encode_video", "encode_text")
     if not both and not has(nn.Module, "vision", "text"):
-        raise ValueError(f"a {type(model).__name__} has no video and text tower: to search, it needs "
-                         "encode_video and encode_text")
+        raise ValueError(f"a {type(model).__name__} has no video and text tower: to search, it "
+                         "needs encode_video and encode_text")
     spec = spec or getattr(model, "input_spec", None)
     if spec is None: raise ValueError(f"a {type(model).__name__} does not say its input_spec")
     frames = spec.frames if both or spec.frames > 1 else FrameMean.frames
     text = getattr(model, "text", None)
     sizes = getattr(model if text is None else text, "config", {})
-    return Towers((model if both else FrameMean(model)).eval(), tokenizer, frames, spec.size, spec.stats,
-                  sizes.get("context"), sizes.get("vocab", tokenizer.vocab),
-                  getattr(text, "fixed", {}).get("end") == LAST)
+    net = model if both else FrameMean(model)
+    return Towers(net.eval(), tokenizer, frames, spec.size, spec.stats, sizes.get("context"),
+                  sizes.get("vocab", tokenizer.vocab), getattr(text, "fixed", {}).get("end") == LAST)
 
 # %% ../../nbs/tasks/30_retrieval.ipynb #46ef9fdd
 def search(
@@ -238,6 +238,7 @@ def _digest(model: nn.Module) -> str:
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
+# %% ../../nbs/tasks/30_retrieval.ipynb #35860af2
 def _is_index(about: dict, vectors: Tensor) -> bool:
     "Path and stamp of each video, and as many vectors of length 1?"
     pairs = about.get("videos")

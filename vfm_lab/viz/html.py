@@ -135,7 +135,7 @@ def bundle(
     explorer: Explorer,  # to be shown
     **kwargs,            # what IPython passes on
 ) -> dict:               # MIME type -> data
-    "The forms that need no kernel: words, picture, and the page where the builder of the site asks for it."
+    "The forms that need no kernel: words, picture, and the page where the site's builder asks."
     data = {"text/plain": explorer.words(), "image/png": base64.b64encode(png(explorer)).decode()}
     if os.environ.get("VFM_LAB_PAGES"): data[PAGE] = base64.b64encode(pack(explorer)).decode()
     return data

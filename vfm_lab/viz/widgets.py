@@ -62,6 +62,7 @@ def live(
     show()
     return widget
 
+# %% ../../nbs/viz/20_widgets.ipynb #565b8c52
 @shell
 def alive(
     explorer: Explorer,  # to be shown
