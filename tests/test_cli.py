@@ -8,7 +8,9 @@ import pytest
 import timm
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, tracking
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_reference_values import fill, noise, official_multimodal, official_uniformerv2
@@ -21,7 +23,7 @@ from vfm_lab.data.reader import VideoReadError
 from vfm_lab.data.synth import COLORS
 from vfm_lab.data.transforms import eval_transform
 from vfm_lab.lab import asset
-from vfm_lab.hub import create_model, fill as fill_from, load, systems
+from vfm_lab.hub import Loaded, create_model, fill as fill_from, load, save, systems
 from vfm_lab.inputs import InputSpec
 from vfm_lab.models.checkpoints import read_config, save_weights
 from vfm_lab.models.internvideo import caption_words
@@ -32,9 +34,9 @@ from vfm_lab.official.videomae import PretrainVideoMAE
 from vfm_lab.tasks.classify import classify
 from vfm_lab.tasks.features import extract_features, load_features
 from vfm_lab.tasks.finetune import evaluate as measure
-from vfm_lab.tasks.retrieval import (
-    Towers, open_towers, save_towers, search as find, video_index, zero_shot)
+from vfm_lab.tasks.retrieval import Towers, search as find, video_index, zero_shot
 from vfm_lab.text import word_tokenizer
+from vfm_lab.train import loop
 from vfm_lab.train.loop import sharded
 from vfm_lab.train.resume import checkpoints
 
@@ -46,6 +48,12 @@ ENV = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", ACCELERATE_USE
 def shards(test):
     "Torch 2.6 cannot shard on a CPU; `fit` then says so, which is tested in its place (test_a_torch_that_cannot_shard_says_so)."
     return test if hasattr(torch.cpu.Stream, "record_event") else None
+
+
+def save_towers(towers, file):
+    "Weights that say how they are fed and have their words."
+    spec = InputSpec(towers.frames, towers.size, towers.stats)
+    save(Loaded(towers.model, spec, tokenizer=towers.tokenizer.to_str()), file)
 
 
 def kind_of(file):
@@ -158,7 +166,7 @@ def test_help_is_quick():
 MISTAKES = [("pretrain", "umt", "--config", "no.yaml"), ("pretrain", "umt", "--config", "recipes/videomae_tiny.yaml"), ("pretrain", "umt", "--teacher", "tiny"),
             ("eval",), ("features", "--video", "no.mp4", "--weights", "no.pth"), ("pretrain", "umt", "--model", "umt_vit"), ("finetune", "--data.train", "no.csv"),
             ("classify",), ("classify", "no.mp4", "--weights", "no.pth"), ("classify", "data/clips", "--weights", "data/weights/tiny_clip.safetensors"), ("search", "a star"),
-            ("classify", "data/clips/tour.mp4", "--weights", "no.pth"), ("search", "a star", "--videos", "data/clips", "--weights", "data/weights/tiny_clip.safetensors")]
+            ("classify", "data/clips/tour.mp4", "--weights", "no.pth"), ("search", "a star", "--videos", "data/clips", "--weights", "umt_vit_base_patch16")]
 
 
 @pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
@@ -416,7 +424,12 @@ def test_search(tmp_path, monkeypatch, capsys):
     (folder / "bad.mp4").unlink()
     run(monkeypatch, *ask)
     assert "0 embedded now" in capsys.readouterr().out
-    save_towers(tiny, weights)                                       # another file, another time
+    save_towers(tiny, weights)                                       # the same weights, written again
+    run(monkeypatch, *ask)
+    assert "3 videos: 0 embedded now" in capsys.readouterr().out
+    with torch.no_grad():
+        tiny.model.proj.mul_(-1)
+    save_towers(tiny, weights)                                       # others
     run(monkeypatch, *ask)
     assert "3 videos: 3 embedded now" in capsys.readouterr().out
     for words, message in ((("search", "a red car", *ask[3:]), "cannot read 'a red car'"), ((*ask, "--index", folder / "00_left.mp4"), "not an index"),
@@ -431,7 +444,7 @@ def test_search_with_an_official_file(tmp_path, monkeypatch, capsys):
     state = {f"clip.{k}": v for k, v in fill(official_multimodal(dim=64, width=64)).items()}
     torch.save({"state_dict": state}, tmp_path / "mm.ckpt")
     (tmp_path / "t.json").write_text(word_tokenizer([f"w{i}" for i in range(100)]).to_str())
-    towers = open_towers(tmp_path / "mm.ckpt", tmp_path / "t.json")
+    towers = recipes.open_towers(tmp_path / "mm.ckpt", tmp_path / "t.json")
     assert (towers.stats, towers.frames, towers.size, towers.context, towers.vocab) == ("clip", 8, 32, 12, 100)
     ask = ("search", "w5 w7", "--videos", asset("clips/tour.mp4"), asset("clips/moments.mp4"), "--weights", tmp_path / "mm.ckpt", "--index", tmp_path / "i.safetensors")
     run(monkeypatch, *ask, "--tokenizer", tmp_path / "t.json")
@@ -753,7 +766,7 @@ def test_features_are_made_as_the_weights_say(tmp_path, monkeypatch, capsys):
     )
     assert torch.equal(load_features(tmp_path / "f.npz")[0][str(video)]["features"], right("half"))
     nonsense = small(tmp_path / "n.safetensors", input={"stats": "evil"})
-    assert "n.safetensors: its header says: input stats is one of imagenet, clip, half, got 'evil'" in leave(
+    assert "n.safetensors: its header says: input stats is one of" in leave(
         monkeypatch, *ask, "--weights", nonsense
     )
 
@@ -1092,7 +1105,7 @@ def indexed(tmp_path_factory):
     )
     save_towers(tiny, folder / "w.safetensors")
     videos = [asset(f"clips/{n}.mp4") for n in ("00_left", "01_right")]
-    video_index(tiny, videos, folder / "i.safetensors", folder / "w.safetensors")
+    video_index(tiny, videos, folder / "i.safetensors")
     with safe_open(folder / "i.safetensors", "pt") as f:
         about, vectors = json.loads(f.metadata()["index"]), f.get_tensor("vectors").clone()
     return tiny, folder, videos, about, vectors
@@ -1131,7 +1144,7 @@ def test_a_tampered_index_is_refused(name, indexed, tmp_path):
     )
     before = file.read_bytes()
     with pytest.raises(ValueError) as caught:
-        video_index(tiny, videos, file, folder / "w.safetensors")
+        video_index(tiny, videos, file)
     assert (
         str(caught.value).startswith(f"{file}: ")
         and len(str(caught.value).splitlines()) == 1
@@ -1143,7 +1156,7 @@ def test_an_index_does_not_lean_on_its_file(indexed, tmp_path):
     "Vectors are copies: who overwrites the file changes no answer. Every 50 videos are written."
     tiny, folder, videos, about, vectors = indexed
     file = shutil.copy(folder / "i.safetensors", tmp_path)
-    stored = video_index(tiny, videos, file, folder / "w.safetensors")
+    stored = video_index(tiny, videos, file)
     with open(file, "r+b") as f:
         f.write(b"\xff" * Path(file).stat().st_size)
     assert stored.made == 0 and torch.equal(stored.vectors, vectors)
@@ -1161,10 +1174,10 @@ def test_an_index_does_not_lean_on_its_file(indexed, tmp_path):
     tiny.video = slow
     try:
         with pytest.raises(KeyboardInterrupt):
-            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors")
+            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file)
         tiny.video = lambda path: vectors[1]
         assert (
-            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file, folder / "w.safetensors").made
+            video_index(tiny, sorted(tmp_path.glob("*.mp4")), file).made
             == 2
         )
     finally: tiny.video = embed
@@ -1237,3 +1250,50 @@ def test_what_a_new_user_tries(tmp_path, monkeypatch, capsys):
     save_weights(net, pre, {"model": name, **net.config})
     said = leave(monkeypatch, "classify", tmp_path / "in/a.mp4", "--weights", pre)
     assert "fine-tune it first" in said
+
+
+# curves that leave the process
+
+LITTLE = ("--config", "recipes/umt_tiny.yaml", "--steps", "2")
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "get_available_trackers", lambda: [])
+    for words in (("--log", "tensorboard"), ("--log=tensorboard",)):
+        said = leave(monkeypatch, "pretrain", "umt", *LITTLE, "--out", tmp_path / "run", *words)
+        assert said == "vfm_lab: log: 'tensorboard' is not installed: pip install tensorboard"
+    assert not (tmp_path / "run/log.jsonl").exists() and not checkpoints(tmp_path / "run")
+    said = leave(monkeypatch, "pretrain", "umt", *LITTLE, "--out", tmp_path / "run", "--log", "paper")
+    assert "log: expected one of" in said and "'paper'" in said
+
+
+class Board(GeneralTracker):
+    "Stands in for TensorBoard."
+    name, requires_logging_directory, seen = "tensorboard", True, []
+
+    def __init__(self, run_name, logging_dir, **kwargs):
+        super().__init__()
+        self.folder = Path(logging_dir)
+
+    @property
+    def tracker(self): return self.seen
+
+    def store_init_configuration(self, values): pass
+
+    def log(self, values, step, **kwargs):
+        lines = (self.folder / "log.jsonl").read_text().splitlines()
+        self.seen.append((step, values["loss"], len(lines)))
+
+
+def test_log_sends_the_curves_from_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Board)
+    for module in (loop, tracking):
+        monkeypatch.setattr(module, "get_available_trackers", lambda: [LoggerType("tensorboard")])
+    small = ("--model", "umt_vit_base_patch16", "--model-args", "depth", "1", "dim", "32", "heads", "2", "patch",
+             "16", "image_size", "32", "frames", "4", "--data.train", "sample", "--data.frames", "4", "--data.size", "32")
+    for command, words in (("pretrain", ("umt", *LITTLE)), ("finetune", (*small, "--classes", "8", "--steps", "2", "--schedule.batch", "8"))):
+        Board.seen.clear()
+        run(monkeypatch, command, *words, "--out", tmp_path / command, "--log", "tensorboard")
+        kept = json.loads((tmp_path / command / "history.json").read_text())["loss"]
+        assert [step for step, *_ in Board.seen] == [1, 2] and [loss for _, loss, _ in Board.seen] == kept
+        assert Board.seen[0][2] >= 1   # what the first step said is on disk already

@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import os
+import re
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -37,7 +39,8 @@ from vfm_lab.models.registry import read_label_map
 from vfm_lab.golden import read_case
 from vfm_lab.hub import fill, load, systems
 from vfm_lab.models.registry import find_layout, head_rows
-from vfm_lab.tasks.retrieval import open_towers
+from vfm_lab.recipes import open_towers
+from vfm_lab.text import word_tokenizer
 
 TINY = dict(image_size=16, patch=8, frames=4, dim=32, depth=1, heads=2)
 NAME = "videomae_vit_base_patch16"
@@ -49,7 +52,8 @@ systems()   # what is declared
 
 def as_found(state):
     "Converted by the layout that fits."
-    return find_layout(state, VideoMAEClassifier).convert(state)
+    found = find_layout(state, VideoMAEClassifier)
+    return found.convert(state) if found else state
 
 
 def classifier(seed=0, **args):
@@ -512,9 +516,13 @@ def test_impossible_sizes_ask_for_no_memory(tmp_path, about):
         dict(vision={}, text={}, input=[1]),
     ],
 )
-def test_impossible_towers(tmp_path, about):
+@pytest.mark.parametrize("kind", ["clip", "video"])
+def test_impossible_towers(tmp_path, about, kind):
+    state = {"vision.cls_token": torch.zeros(8), "text.token_embed.weight": torch.zeros(9, 8)}
+    if kind == "video":
+        state["vision.fusion.query"] = torch.zeros(8)
     with pytest.raises(CheckpointError, match="h.safetensors"):
-        open_towers(header(tmp_path, json.dumps(about)))
+        open_towers(header(tmp_path, json.dumps(about), state))
 
 
 def test_build_like_gives_the_model():
@@ -901,6 +909,66 @@ def test_a_clip_is_opened_as_a_clip(hub_clip, tmp_path):
     save_weights(both, tmp_path / "clip.safetensors")
     with pytest.raises(ValueError, match="brings no tokenizer"):
         open_towers(tmp_path / "clip.safetensors")
+
+
+def test_towers_of_a_hugging_face_folder(hub_clip, tmp_path):
+    "Its vectors are those of transformers; words lie beside the weights."
+    _, folder, image, ids, image_embeds, text_embeds = hub_clip
+    words = ["<pad>", "<start>", *(f"w{i}" for i in range(2, 59)), "<end>"]
+    shutil.copytree(folder, tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.json").write_text(word_tokenizer(words).to_str())
+    for place in ("hf", "hf/model.safetensors"):
+        found = open_towers(tmp_path / place)
+        assert (found.frames, found.size, found.stats) == (8, 16, "clip")
+        assert (found.context, found.vocab) == (12, 60)
+        assert_close(found.texts(["w5 w9", "w7"]), text_embeds, atol=1e-5, rtol=0)
+        same = image.unsqueeze(2).expand(-1, -1, 8, -1, -1)
+        assert_close(found.clips(same), image_embeds, atol=1e-5, rtol=0)
+    (tmp_path / "hf/tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="hf: not a tokenizer"):
+        open_towers(tmp_path / "hf")
+
+
+def test_towers_of_an_openai_file(tmp_path):
+    "The keys of OpenAI's archive, which open_clip kept; the tokenizer is given."
+    torch.manual_seed(0)
+    both = CLIP(CLIPVision(16, 8, 64, 2, 1, 16), CLIPText(60, 12, 64, 2, 1, 16)).eval()
+    torch.save(to_openai(both.state_dict()), tmp_path / "ViT.pt")
+    (tmp_path / "words.json").write_text(word_tokenizer([f"w{i}" for i in range(60)]).to_str())
+    found, ids = open_towers(tmp_path / "ViT.pt", tmp_path / "words.json"), torch.tensor([[1, 5, 59]])
+    with torch.no_grad():
+        want = nn.functional.normalize(both.text(ids), dim=-1)
+    assert_close(found.texts(["w5"]), want, atol=1e-6, rtol=0)
+
+
+def to_openai(state):
+    "Ours to theirs, written down from their code."
+    names = {
+        r"vision\.cls_token": "visual.class_embedding",
+        r"vision\.pos_embed": "visual.positional_embedding",
+        r"vision\.patch_embed\.proj\.weight": "visual.conv1.weight",
+        r"vision\.norm_pre": "visual.ln_pre",
+        r"vision\.norm": "visual.ln_post",
+        r"vision\.": "visual.",
+        r"text\.token_embed": "token_embedding",
+        r"text\.pos_embed": "positional_embedding",
+        r"text\.norm": "ln_final",
+        r"text\.proj": "text_projection",
+        r"text\.": "",
+        r"blocks": "transformer.resblocks",
+        r"norm1": "ln_1",
+        r"norm2": "ln_2",
+        r"attn\.qkv\.": "attn.in_proj_",
+        r"attn\.proj": "attn.out_proj",
+        r"mlp\.fc1": "mlp.c_fc",
+        r"mlp\.fc2": "mlp.c_proj",
+    }
+    made = {}
+    for key, value in state.items():
+        for ours, theirs in names.items():
+            key = re.sub(ours, theirs, key)
+        made[key] = value.squeeze(2) if key == "visual.conv1.weight" else value
+    return made
 
 
 # ---- masks

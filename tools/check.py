@@ -107,7 +107,7 @@ def links(step, name, files):
         step.check(target in files or any(f.startswith(f"{target}/") for f in files), f"{name}: {url} leads nowhere")
 
 def lint(at):
-    "ruff on everything that is Python; the contracts between rooms; no room without a contract."
+    "ruff on everything that is Python; the contracts between rooms, no room without one; shared code names no system."
     step = Step()
     status, out = at.run("lint-ruff", BIN/"ruff", "check", "--no-cache", "--output-format=concise", "vfm_lab", "tools", "tests", "docs", "benchmarks", "setup.py")
     step.check(status == 0, "ruff (log: lint-ruff)")
@@ -119,6 +119,8 @@ def lint(at):
     known = set(re.findall(r'"vfm_lab\.(\w+)', "\n".join(named))) | {"exercises", "cli", "parity", "recipes"}
     rooms = {re.match(r"vfm_lab/(\w+)", n)[1] for n in at.names if re.match(r"vfm_lab/[a-z].*\.py$", n)}
     step.check(rooms <= known, f"no import contract for {sorted(rooms - known)}")
+    status, out = at.run("lint-law", sys.executable, "tools/law.py")
+    if step.check(status == 0, "shared code names a system (log: lint-law)"): step.notes += out.splitlines()[-1:]
     return step
 
 def flagged(name, raw, flags):

@@ -26,8 +26,9 @@ from huggingface_hub import ModelHubMixin
 from safetensors.torch import save_file
 from torch import nn
 
-from .files import printable, read_json, replacing, write_json
+from .files import printable, read_json, read_text, replacing, write_json
 from .inputs import InputSpec
+from .lab import asset
 from .models.checkpoints import (CheckpointError, LoadReport, State, build_like,
                                         layout as first_keys, load_weights, peel, read_config,
                                         read_weights)
@@ -139,6 +140,18 @@ def _file_in(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no weights in this folder, which are called "
                           f"{', '.join(FILES)}")
 
+def _file_of(source: str | Path) -> Path | None:
+    "Where the weights lie that are meant; None: it is a model's name, and there are none."
+    if Path(source).is_dir(): return _file_in(Path(source))
+    if Path(source).exists() or not _is_name(source): return Path(source)
+    try: return asset(f"weights/{source}.safetensors")
+    except FileNotFoundError: return None
+
+def _is_name(source: str | Path) -> bool:
+    "A word, and not a path: no separator, no suffix of a weight file."
+    return isinstance(source, str) and bool(source) and not any(c in source for c in "/\\.")
+
+# %% ../nbs/08_hub.ipynb #af1601fc
 def _read(file: Path) -> State:
     "Tensors of a file, or of all files that an index names."
     if not file.name.endswith(".index.json"): return read_weights(file)
@@ -214,7 +227,7 @@ class Loaded(ModelHubMixin):
     report: LoadReport | None = None  # what became of every key; None: nothing was loaded
     labels: list[str] | None = None   # names of the classes, as far as they are known
     name: str | None = None           # registered name, if it has one
-    tokenizer: str | None = None      # tokenizer.json as text, if the file carries one
+    tokenizer: str | None = None      # tokenizer.json as text, from the file or beside it
 
     def _save_pretrained(self, save_directory: Path) -> None:
         about = {"library_name": "vfm_lab"} | header(self)
@@ -257,36 +270,40 @@ def save(
 
 # %% ../nbs/08_hub.ipynb #c1c5e698
 def load(
-    source: str | Path,                  # a registered name, a weight file, or a folder with one
+    source: str | Path,                  # a weight file, a folder with one, or a name
     model: str | None = None,            # registered name, where the file does not say it
     *, layout: str | None = None,        # what kind of file it is; None: its keys show it
     label_map: str | Path | Iterable[int] | None = None,   # rows of the head to keep, in this order
     **args,                              # arguments of the model other than the registered ones
 ) -> Loaded:                             # model in evaluation mode, input, report, names
-    """Open whatever holds a model.
+    """Open whatever holds a model. A name is registered, or that of weights that ship with the lab.
 
     Raises `CheckpointError` for a file that does not fit, `ValueError` for names and arguments."""
     systems()
-    if not Path(source).exists() and _is_name(source):
+    if (file := _file_of(source)) is None:
+        given = dict(model=model, layout=layout, label_map=label_map)
+        if unused := [k for k, v in given.items() if v is not None]:
+            raise ValueError(f"{source}: a name and no file, so {unused[0]} is of no use")
         net = create_model(str(source), **args)
         return Loaded(net.eval(), getattr(net, "input_spec", None), name=str(source))
-    file = _file_in(Path(source)) if Path(source).is_dir() else Path(source)
     rows = None if label_map is None else read_label_map(label_map)
     try: return _open(_read(file), file, model, layout, rows, args)
     except (CheckpointError, ValueError) as e:
         named = str(e).startswith((str(file), str(file.parent / "config")))
         raise type(e)(str(e) if named else f"{file}: {e}") from None
 
-def _is_name(source: str | Path) -> bool:
-    "A word, and not a path: no separator, no suffix of a weight file."
-    return isinstance(source, str) and not any(c in source for c in "/\\.")
+# %% ../nbs/08_hub.ipynb #6d23917a
+def _beside(file: Path) -> str | None:
+    "The tokenizer.json of a folder like those of Hugging Face."
+    words = file.with_name("tokenizer.json")
+    return read_text(words) if words.is_file() else None
 
-# %% ../nbs/08_hub.ipynb #a5c715db
 def _open(given: State, file: Path, model: str | None, layout: str | None,
           rows: list[int] | None, args: dict) -> Loaded:
     "The model of a file's tensors."
     said = _about(file)
-    labels, seen, words = _labels(said), said.pop("input", {}), said.pop("tokenizer", None)
+    labels, seen = _labels(said), said.pop("input", {})
+    words = said.pop("tokenizer", None) or _beside(file)
     plan = _plan(given, said, model, layout, rows, args)
     fresh = plan.layout.fresh if plan.layout else ()
     try: net = plan.make(**plan.args) if fresh else build_like(plan.make, plan.args, plan.state)
@@ -302,14 +319,14 @@ def _open(given: State, file: Path, model: str | None, layout: str | None,
 # %% ../nbs/08_hub.ipynb #c75cae0c
 def fill(
     model: nn.Module,             # is changed in place
-    source: str | Path,           # a weight file, or a folder with one
+    source: str | Path,           # a weight file, a folder with one, or a name of ours
     *, layout: str | None = None, # what kind of file it is; None: its keys show it
     label_map: str | Path | Iterable[int] | None = None,   # rows of the head to keep, in this order
     new_head: bool = False,       # a head of another size may stay at its random start
 ) -> LoadReport:                  # what became of every key
     "Weights for a model at hand; raises `CheckpointError` and changes nothing if they do not fit."
     systems()
-    file = _file_in(Path(source)) if Path(source).is_dir() else Path(source)
+    file = _file_of(source) or Path(source)
     given = _read(file)
     try:
         found = find_layout(given, type(model), layout)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['SAME', 'Finetune', 'classifier', 'EvalData', 'Evaluate', 'Features', 'read_recipe', 'write_recipe', 'train_config',
            'dataset', 'train_loader', 'steps_in_epoch', 'check_labels', 'first_process', 'Folder', 'Training',
-           'pretrain', 'finetune', 'open_weights', 'evaluate', 'features']
+           'pretrain', 'finetune', 'trained', 'open_weights', 'open_towers', 'evaluate', 'features']
 
 # %% ../nbs/05_recipes.ipynb #8125eea9
+import json
 import math
 import os
 import sys
@@ -28,6 +29,8 @@ if TYPE_CHECKING:   # imported where they are needed, so that `vfm_lab --help` i
     from vfm_lab.data.datasets import Loader, VideoDataset, VideoShards
     from vfm_lab.hub import Loaded
     from vfm_lab.inputs import InputSpec
+    from vfm_lab.tasks.retrieval import Towers
+    from vfm_lab.text import JsonTokenizer
     from vfm_lab.train.loop import TrainConfig
 
 # %% ../nbs/05_recipes.ipynb #d3b9ec6f
@@ -419,6 +422,7 @@ def finetune(
     if recipe.data.val: result |= evaluate(_test_of(recipe))
     return result
 
+# %% ../nbs/05_recipes.ipynb #6d9218e3
 def _start(recipe: Finetune, model: "nn.Module") -> str:
     "Fill a classifier from a file; the report."
     from vfm_lab.hub import fill
@@ -441,6 +445,14 @@ def _test_of(recipe: Finetune) -> Evaluate:
                     out=f"{recipe.out}/result.json")
 
 # %% ../nbs/05_recipes.ipynb #4b9928d8
+def trained(
+    found: "Loaded",        # of `load`
+    weights: str | Path,    # what was asked for, for the message
+) -> "Loaded":              # the same
+    "Raises `ValueError` for a model that only its name was known of: it has learned nothing."
+    if found.report is not None: return found
+    raise ValueError(f"{weights}: the name of a model, without weights: give a file or a folder")
+
 def open_weights(
     recipe: Evaluate | Features,   # names a weight file
 ) -> "Loaded":                     # a classifier
@@ -449,12 +461,38 @@ def open_weights(
     rows = _rows(getattr(recipe, "label_map", None), recipe.classes)
     found = load(recipe.weights, recipe.model, layout=recipe.weights_from, label_map=rows,
                  **recipe.model_args)
+    trained(found, recipe.weights)
     try: classifier(found.model, found.name or recipe.weights)
     except ValueError as e: raise ValueError(f"{recipe.weights}: {e}") from None
     if recipe.classes not in (None, found.model.num_classes) and not found.report.fresh:
         raise ValueError(f"{recipe.weights}: {found.model.num_classes} classes, "
                          f"the recipe says {recipe.classes}")
     return found
+
+# %% ../nbs/05_recipes.ipynb #9171e016
+def open_towers(
+    weights: str | Path,                  # a weight file, a folder with one, or a name of the lab's
+    tokenizer: str | Path | None = None,  # tokenizer.json; None: the weights bring their own
+    model: str | None = None,             # registered name; None: as the file shows
+    **args: Any,                          # arguments of the model other than the registered ones
+) -> "Towers":                            # in evaluation mode
+    "Both towers of a file; raises `CheckpointError` or `ValueError` naming it and what is missing."
+    from vfm_lab.hub import load
+    from vfm_lab.tasks.retrieval import two_towers
+    found = trained(load(weights, model, **args), weights)
+    words = _words(found, weights, tokenizer)
+    try: return two_towers(found.model, words, found.spec)
+    except ValueError as e: raise ValueError(f"{weights}: {e}") from None
+
+def _words(found: "Loaded", weights: str | Path, given: str | Path | None) -> "JsonTokenizer":
+    "The tokenizer that was given, or the one that came with the weights."
+    from vfm_lab.text import JsonTokenizer
+    if given: return JsonTokenizer(Path(given))
+    if not found.tokenizer:
+        raise ValueError(f"{weights} brings no tokenizer: give --tokenizer tokenizer.json")
+    try: return JsonTokenizer(json.loads(found.tokenizer))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{weights}: not a tokenizer in or beside it ({str(e)[-200:]})") from None
 
 # %% ../nbs/05_recipes.ipynb #259eea57
 def _asked(spec: "InputSpec", weights: str, **asked: Any) -> "InputSpec":

@@ -124,3 +124,27 @@ def toy_adapted(**args) -> ToyAdapted: return ToyAdapted(**SIZES | args)
 @layout("toy_adapted_start", ToyAdapted, has=[r"patch_embed\.", r"head\."], lacks=[r".*detour"],
         fresh=(r"blocks\.\d+\.detour\.",), whole=False)
 def adapted(state): return state
+
+
+# --- a video and a text tower
+
+class ToyTowers(nn.Module):
+    "Reads texts in both directions, so it has to know what is padding."
+    def __init__(self, video, vocab=20, dim=8):
+        super().__init__()
+        self.config = dict(video=video, vocab=vocab, dim=dim)
+        self.video, self.words = ToyEncoder(**SIZES | video), nn.Embedding(vocab, dim)
+        self.proj = nn.Linear(SIZES["dim"], dim)
+
+    @property
+    def input_spec(self): return self.video.input_spec
+
+    def encode_video(self, clip): return self.proj(self.video.forward_features(clip).mean(1))
+
+    def encode_text(self, ids, attention_mask):
+        real = attention_mask[..., None].float()
+        return (self.words(ids) * real).sum(1) / real.sum(1)
+
+
+@register_model
+def toy_towers(video=None, **args) -> ToyTowers: return ToyTowers(video or {}, **args)

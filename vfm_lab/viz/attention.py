@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..models.clip import resize_frames
 from ..nn.attention import Attention, attention_row
 
 # %% ../../nbs/viz/10_attention.ipynb #9956fd9e
@@ -69,7 +69,9 @@ def record_attention(
     modes = {m: m.training for m in model.modules()}
     hooks = [m.register_forward_pre_hook(keep) for m in layers]
     try:
-        clip = resize_frames(clip.detach()[None].to(next(model.parameters())), model.input_spec.size)
+        size, frames = model.input_spec.size, clip.detach().transpose(0, 1)
+        frames = F.interpolate(frames.to(next(model.parameters())), (size, size), mode="bicubic")
+        clip = frames.transpose(0, 1)[None]
         with torch.no_grad(): model.eval().forward_features(clip)
     finally:
         for hook in hooks: hook.remove()

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ..tokens.masking import attention_sampled_mask, frame_mask, random_mask, running_cell_mask, tube_mask
 from .attention import AttentionRecord, attention_map, record_attention
-from .figures import OKABE_ITO, heat_overlay, mask_overlay, save_gif, to_frames
+from .figures import OKABE_ITO, heat_overlay, mask_overlay, save_gif, tiers, to_frames
 
 # %% ../../nbs/viz/12_explorer.ipynb #4eeedf63
 STRATEGIES = {"attention": "attention-sampled", "random": "random", "tube": "tube", "frame": "frame", "running cell": "tube + running cell"}
@@ -264,8 +264,7 @@ class Explorer:
 
     def _repr_mimebundle_(self, **kwargs) -> dict:
         "All tiers in one output; a front end shows the richest one it knows."
-        from vfm_lab.viz.html import bundle
-        return bundle(self, **kwargs)
+        return tiers(self, **kwargs)
 
     def words(self) -> str:
         "The present state as text: one sentence per part."

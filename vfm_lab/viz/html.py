@@ -15,7 +15,6 @@ import json
 import os
 import re
 import zlib
-from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image as Pillow
@@ -23,7 +22,7 @@ from PIL import Image as Pillow
 from ..files import replacing
 from ..lab import asset
 from .explorer import Control, Explorer, jpeg, picture
-from .figures import to_frames
+from .figures import shell, to_frames
 
 # %% ../../nbs/viz/16_html.ipynb #5934c483
 def _known(control: Control, value: object) -> list:
@@ -131,14 +130,12 @@ def png(
     Pillow.open(file).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
     return small.getvalue()
 
+@shell
 def bundle(
     explorer: Explorer,  # to be shown
     **kwargs,            # what IPython passes on
 ) -> dict:               # MIME type -> data
-    "All tiers of an explorer; the live one needs anywidget."
+    "The forms that need no kernel: words, picture, and the page where the site's builder asks."
     data = {"text/plain": explorer.words(), "image/png": base64.b64encode(png(explorer)).decode()}
     if os.environ.get("VFM_LAB_PAGES"): data[PAGE] = base64.b64encode(pack(explorer)).decode()
-    if find_spec("anywidget"):
-        from vfm_lab.viz.widgets import live
-        data = {**live(explorer)._repr_mimebundle_(**kwargs)[0], **data}
     return data
