@@ -174,19 +174,29 @@ def openai_sizes(
     said = said.get("model_cfg") or {}
     v, t = said.get("vision_cfg") or {}, said.get("text_cfg") or {}
     act = "gelu" if said and not said.get("quick_gelu") else "quick_gelu"
-    stem, places = state["visual.conv1.weight"], len(state["visual.positional_embedding"])
-    dim, patch = stem.shape[0], stem.shape[-1]
-    vision = dict(image_size=round((places - 1) ** 0.5) * patch, patch=patch, dim=dim, act=act,
-                  depth=_count(state, "visual.transformer.resblocks."),
-                  heads=dim // v.get("head_width", 64), out_dim=state["visual.proj"].shape[1],
-                  mlp_ratio=len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]) / dim)
-    vocab, width = state["token_embedding.weight"].shape
-    text = dict(vocab=vocab, context=len(state["positional_embedding"]), dim=width, act=act,
-                depth=_count(state, "transformer.resblocks."), heads=t.get("heads", width // 64),
-                out_dim=state["text_projection"].shape[1],
-                mlp_ratio=len(state["transformer.resblocks.0.mlp.c_fc.weight"]) / width)
+    vision = _vision_sizes(state, v.get("head_width", 64)) | {"act": act}
+    text = _text_sizes(state, t.get("heads")) | {"act": act}
     return dict(vision=vision, text=text)
 
+def _vision_sizes(state: State, head_width: int) -> dict:
+    "Of the image tower."
+    stem, places = state["visual.conv1.weight"], len(state["visual.positional_embedding"])
+    dim, patch = stem.shape[0], stem.shape[-1]
+    return dict(image_size=round((places - 1) ** 0.5) * patch, patch=patch, dim=dim,
+                depth=_count(state, "visual.transformer.resblocks."), heads=dim // head_width,
+                out_dim=state["visual.proj"].shape[1],
+                mlp_ratio=len(state["visual.transformer.resblocks.0.mlp.c_fc.weight"]) / dim)
+
+def _text_sizes(state: State, heads: int | None) -> dict:
+    "Of the text tower."
+    vocab, width = state["token_embedding.weight"].shape
+    return dict(vocab=vocab, context=len(state["positional_embedding"]), dim=width,
+                depth=_count(state, "transformer.resblocks."),
+                heads=width // 64 if heads is None else heads,
+                out_dim=state["text_projection"].shape[1],
+                mlp_ratio=len(state["transformer.resblocks.0.mlp.c_fc.weight"]) / width)
+
+# %% ../../nbs/official/10_clip.ipynb #26c9193f
 @layout("clip_openai", CLIP, has=[r"visual\.class_embedding", r"token_embedding\."],
         sizes=openai_sizes, make=both_towers)
 def clip_from_openai(
@@ -204,16 +214,18 @@ def transformers_sizes(
 ) -> dict:          # arguments of `both_towers`
     "Sizes as config.json says them; what it leaves out is CLIP's usual."
     v, t = said.get("vision_config") or {}, said.get("text_config") or {}
-    if not v or not t: raise CheckpointError("config.json with vision_config and text_config is missing")
+    if not v or not t:
+        raise CheckpointError("config.json with vision_config and text_config is missing")
     out = said.get("projection_dim", 512)
     def tower(c, dim, heads):
         dim = c.get("hidden_size", dim)
         return dict(dim=dim, depth=c.get("num_hidden_layers", 12), out_dim=out,
-                    heads=c.get("num_attention_heads", heads), act=c.get("hidden_act", "quick_gelu"),
+                    heads=c.get("num_attention_heads", heads),
+                    act=c.get("hidden_act", "quick_gelu"),
                     mlp_ratio=c.get("intermediate_size", 4 * dim) / dim)
-    vision = tower(v, 768, 12) | dict(image_size=v.get("image_size", 224), patch=v.get("patch_size", 32))
-    text = tower(t, 512, 8) | dict(vocab=t.get("vocab_size", 49408), context=t.get("max_position_embeddings", 77))
-    return dict(vision=vision, text=text)
+    vision = dict(image_size=v.get("image_size", 224), patch=v.get("patch_size", 32))
+    text = dict(vocab=t.get("vocab_size", 49408), context=t.get("max_position_embeddings", 77))
+    return dict(vision=tower(v, 768, 12) | vision, text=tower(t, 512, 8) | text)
 
 @layout("clip_transformers", CLIP, has=[r"vision_model\.", r"text_model\."],
         sizes=transformers_sizes, make=both_towers)
@@ -232,21 +244,24 @@ def _own_sizes(state: State, said: dict) -> dict:
         raise CheckpointError("its header does not say the sizes of both towers")
     return parts
 
-@layout("clip_towers", CLIP, has=[r"vision\.cls_token", r"text\.token_embed"], lacks=[r"vision\.fusion\."],
-        sizes=_own_sizes, make=both_towers)
+@layout("clip_towers", CLIP, has=[r"vision\.cls_token", r"text\.token_embed"],
+        lacks=[r"vision\.fusion\."], sizes=_own_sizes, make=both_towers)
 def _same(state: State) -> State: return state
 
 # %% ../../nbs/official/10_clip.ipynb #12918fb7
 layout("clip_vision_openai", CLIPVision, has=[r"(visual\.)?class_embedding", r"(visual\.)?proj$"],
        whole=False)(vision_from_openai)
-layout("clip_vision_transformers", CLIPVision, has=[r"vision_model\."], whole=False)(vision_from_transformers)
-layout("clip_vision_timm", CLIPVision, has=[r"norm_pre\.", r"head\.weight"], whole=False)(vision_from_timm);
+layout("clip_vision_transformers", CLIPVision, has=[r"vision_model\."],
+       whole=False)(vision_from_transformers)
+layout("clip_vision_timm", CLIPVision, has=[r"norm_pre\.", r"head\.weight"],
+       whole=False)(vision_from_timm);
 
 # %% ../../nbs/official/10_clip.ipynb #2db914ca
 def _tower_args(c: dict) -> dict:
     "What both towers of a case share."
-    return dict(dim=c["embed_dim"], depth=c["depth"], heads=c["num_heads"], out_dim=c["projection_dim"],
-                mlp_ratio=c["mlp_dim"] / c["embed_dim"], act=c["activation"], eps=c["ln_eps"])
+    return dict(dim=c["embed_dim"], depth=c["depth"], heads=c["num_heads"],
+                out_dim=c["projection_dim"], mlp_ratio=c["mlp_dim"] / c["embed_dim"],
+                act=c["activation"], eps=c["ln_eps"])
 
 @golden("clip_vision", unused=["batch"])
 def run_vision(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'FRESH', 'umt_vit_base_patch16', 'umt_vit_large_patch16', 'umt_pretrain_vit_base_patch16',
            'umt_pretrain_vit_large_patch16', 'classifier_from_stage1', 'classifier_from_finetuned', 'one_frame_deep',
-           'PretrainUMT', 'clip_teacher', 'vit_args', 'run_stage1', 'run_teacher_conversion', 'run_finetune']
+           'clip_teacher', 'PretrainUMT', 'vit_args', 'run_stage1', 'run_teacher_conversion', 'run_finetune']
 
 # %% ../../nbs/official/20_umt.ipynb #0d6774a5
 from collections.abc import Callable, Iterable
@@ -84,18 +84,32 @@ layout("umt_student", UMTStudent, has=[r"clip_decoder\.", r"encoder\."])(peel)
 layout("umt_stage1", UMTClassifier, has=[r"(encoder\.)?blocks\.", r"clip_decoder\."], fresh=FRESH,
        whole=False)(classifier_from_stage1)
 layout("umt_finetuned", UMTClassifier, only=one_frame_deep,
-       has=[r"(backbone\.)?(encoder\.)?blocks\.", r"(backbone\.)?head\.weight", r"(backbone\.)?fc_norm\."],
+       has=[r"(backbone\.)?(encoder\.)?blocks\.", r"(backbone\.)?head\.weight",
+            r"(backbone\.)?fc_norm\."],
        lacks=[r"clip_decoder\.", r"cls_token"])(classifier_from_finetuned);
 
 # %% ../../nbs/official/20_umt.ipynb #9b182d0c
+def clip_teacher(
+    recipe: "PretrainUMT",  # names the teacher and its weights
+) -> CLIPVision:
+    "The frozen image tower."
+    if recipe.teacher == "tiny": return tiny_clip().vision
+    file = recipe.teacher_weights
+    tower = clip_vision(recipe.teacher, recipe.teacher_size, pretrained=file is None)
+    patch = tower.patch_embed.patch
+    def fit(state): return resize_grid(vision_from_openai(state), recipe.teacher_size, patch)
+    if file: load_weights(tower, file, fit)
+    return tower
+
+# %% ../../nbs/official/20_umt.ipynb #c550e1ad
 @dataclass
 class PretrainUMT(Recipe):
     "UMT stage 1: a student repeats a frozen CLIP where it can see."
     command: ClassVar[str] = "pretrain umt"
     keep: ClassVar[str] = "student"
     model: str = "umt_pretrain_vit_base_patch16"       # the student
-    teacher: str = "vit_base_patch16_clip_224.openai"  # a timm CLIP, or "tiny" for the one of this lab
-    teacher_weights: str | None = None                 # file in OpenAI's layout; none: downloaded by timm
+    teacher: str = "vit_base_patch16_clip_224.openai"  # a timm CLIP; "tiny": the one of this lab
+    teacher_weights: str | None = None                 # file in OpenAI's layout; none: from timm
     teacher_size: Few = 224                            # pixels; 196 for L/14
     mask_ratio: Part = 0.8                             # share of hidden tokens
     masking: Literal["attention", "random", "tube"] = "attention"  # who decides
@@ -113,21 +127,10 @@ class PretrainUMT(Recipe):
     ) -> nn.Module:         # a `UMT`
         "Student and frozen teacher."
         student = create(self.model, **self.model_args)
-        if not isinstance(student, UMTStudent):
-            raise ValueError(f"model {self.model!r} is a {type(student).__name__}, "
-                             f"{self.command} needs a UMTStudent")
-        return UMT(student, clip_teacher(self), self.mask_ratio, self.masking, self.loss)
-
-def clip_teacher(
-    recipe: PretrainUMT,  # names the teacher and its weights
-) -> CLIPVision:
-    "The frozen image tower."
-    if recipe.teacher == "tiny": return tiny_clip().vision
-    file = recipe.teacher_weights
-    tower = clip_vision(recipe.teacher, recipe.teacher_size, pretrained=file is None)
-    def fit(state): return resize_grid(vision_from_openai(state), recipe.teacher_size, tower.patch_embed.patch)
-    if file: load_weights(tower, file, fit)
-    return tower
+        if isinstance(student, UMTStudent):
+            return UMT(student, clip_teacher(self), self.mask_ratio, self.masking, self.loss)
+        raise ValueError(f"model {self.model!r} is a {type(student).__name__}, "
+                         f"{self.command} needs a UMTStudent")
 
 # %% ../../nbs/official/20_umt.ipynb #0ded4d62
 def vit_args(
@@ -162,7 +165,8 @@ def run_stage1(
     "UMT's first stage: mask, student, teacher and loss."
     c, clip = case.config, case.inputs["clip"]
     K, step = c["num_return_layers"], c["teacher_return_interval"]
-    student = UMTStudent(c["teacher_output_dim"], K, c["student_return_interval"], **vit_args(c)).eval()
+    student = UMTStudent(c["teacher_output_dim"], K, c["student_return_interval"],
+                         **vit_args(c)).eval()
     teacher = _teacher(c)
     load_weights(student, case.part("student."))
     load_weights(teacher, case.part("teacher."), vision_from_openai)
@@ -188,10 +192,12 @@ def run_teacher_conversion(
     "CLIP weights made into UMT's teacher: inflated stem, resized positions."
     c, given = case.config, case.inputs
     stem = inflate_stem(given["stem_weight_2d"], c["temporal_kernel"], c["center"])
-    given_state = {**case.weights, "conv1.weight": stem, "positional_embedding": given["positional_embedding"]}
+    given_state = {**case.weights, "conv1.weight": stem,
+                   "positional_embedding": given["positional_embedding"]}
     state = resize_grid(vision_from_openai(given_state), c["image_size"], c["patch_size"])
-    tower = CLIPVision(c["image_size"], c["patch_size"], c["embed_dim"], c["depth"], c["num_heads"],
-                       c["output_dim"], c["mlp_ratio"], tubelet=c["temporal_kernel"], eps=c["ln_eps"]).eval()
+    tower = CLIPVision(c["image_size"], c["patch_size"], c["embed_dim"], c["depth"],
+                       c["num_heads"], c["output_dim"], c["mlp_ratio"],
+                       tubelet=c["temporal_kernel"], eps=c["ln_eps"]).eval()
     load_weights(tower, state)
     hidden, attention = tower.teacher_features(given["clip"], c["num_return_layers"])
     features = tower.project(hidden)
