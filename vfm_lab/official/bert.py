@@ -87,7 +87,8 @@ def run_bert(
     model = BERT(c["vocab_size"], c["max_positions"], c["embed_dim"], c["depth"], c["num_heads"],
                  c["mlp_dim"], types=len(types), context_dim=None if kv is None else kv.shape[1],
                  causal=c.get("causal", False), act=c.get("activation", "gelu"),
-                 eps=c.get("ln_eps", 1e-12), pool="tanh" if "pool.dense.weight" in state else "first")
+                 eps=c.get("ln_eps", 1e-12),
+                 pool="tanh" if "pool.dense.weight" in state else "first")
     load_weights(model, case.weights, from_official)
     given = [case.inputs.get(k) for k in ("attention_mask", "context", "context_mask")]
     x = model.eval().embed(case.inputs["token_ids"], case.inputs.get("type_ids"))

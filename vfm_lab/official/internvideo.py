@@ -63,13 +63,15 @@ def _decoder_at(state: State) -> str | None:
 
 def _decoder_sizes(state: State, at: str, dim: int, kv_dim: int) -> dict:
     "Of the caption decoder."
-    heads, width = (state[f"{at}visual_attn_pooler.to_{k}.weight"].shape[0] for k in ("q", "kv"))
+    pooler = f"{at}visual_attn_pooler.to_"
+    heads, width = (state[f"{pooler}{k}.weight"].shape[0] for k in ("q", "kv"))
     out = state[f"{at}multimodal_layers.0.1.fn.ff.2.weight"]
     return dict(vocab=len(state[f"{at}predictor.4.weight"]), dim=dim, kv_dim=kv_dim,
                 depth=_count(state, f"{at}multimodal_layers."), head_dim=width // 2,
                 heads=2 * heads // width, queries=len(state[f"{at}visual_queries"]),
                 mlp_ratio=out.shape[1] / out.shape[0])
 
+# %% ../../nbs/official/50_internvideo.ipynb #ddec5b4c
 def sizes_from_official(
     state: State,                   # official file, `clip.*` and maybe a caption decoder
     heads: int | None = None,       # of the video tower; None: width / 64
@@ -183,8 +185,10 @@ def from_clip(
     text["token_embed.weight"] = torch.cat([words, new, end])
     vision = {k: v for k, v in backbone_from_clip(image).items() if v is not None}
     ends = {k: image[k] for k in ("norm.weight", "norm.bias", "proj")}
-    parts = {f"vision.{k}": v for k, v in vision.items()} | {f"text.{k}": v for k, v in text.items()}
-    return ends | {"logit_scale": clip.logit_scale.detach()} | parts
+    state = ends | {"logit_scale": clip.logit_scale.detach()}
+    for part, keys in (("vision", vision), ("text", text)):
+        state |= {f"{part}.{k}": v for k, v in keys.items()}
+    return state
 
 # %% ../../nbs/official/50_internvideo.ipynb #fbd0b6c5
 def tiny_video_text(
@@ -205,17 +209,19 @@ def tiny_video_text(
 # %% ../../nbs/official/50_internvideo.ipynb #dd20d941
 def _sizes_of(c: dict) -> dict:
     "Arguments of `VideoText` from the config of a case."
-    eps, text_dim = c["ln_eps"], c["text_dim"]
+    eps, dim, vocab = c["ln_eps"], c["text_dim"], c["vocab_size"]
     vision = dict(image_size=c["image_size"], patch=c["patch_size"], frames=c["num_frames"],
-                  dim=c["embed_dim"], depth=c["depth"], heads=c["num_heads"], mlp_ratio=c["mlp_ratio"],
-                  global_layers=list(c["global_layers"]), global_heads=c["global_num_heads"],
-                  global_mlp_ratio=c["global_mlp_ratio"], temporal_down=c["temporal_downsample"],
-                  stem_kernel=c["stem_temporal_kernel"], eps=eps)
-    text = dict(vocab=c["vocab_size"], context=c["context_length"], dim=text_dim, depth=c["text_depth"],
-                heads=c["text_num_heads"], out_dim=c["projection_dim"], mlp_ratio=c["text_mlp_ratio"], eps=eps)
-    heads = c["caption_num_heads"]
-    decoder = dict(vocab=c["vocab_size"], dim=text_dim, kv_dim=c["embed_dim"], depth=c["caption_depth"],
-                   heads=heads, queries=c["caption_num_queries"], mlp_ratio=c["caption_mlp_ratio"], eps=eps)
+                  dim=c["embed_dim"], depth=c["depth"], heads=c["num_heads"],
+                  mlp_ratio=c["mlp_ratio"], global_layers=list(c["global_layers"]),
+                  global_heads=c["global_num_heads"], global_mlp_ratio=c["global_mlp_ratio"],
+                  temporal_down=c["temporal_downsample"], stem_kernel=c["stem_temporal_kernel"],
+                  eps=eps)
+    text = dict(vocab=vocab, context=c["context_length"], dim=dim, depth=c["text_depth"],
+                heads=c["text_num_heads"], out_dim=c["projection_dim"],
+                mlp_ratio=c["text_mlp_ratio"], eps=eps)
+    decoder = dict(vocab=vocab, dim=dim, kv_dim=c["embed_dim"], depth=c["caption_depth"],
+                   heads=c["caption_num_heads"], queries=c["caption_num_queries"],
+                   mlp_ratio=c["caption_mlp_ratio"], eps=eps)
     return dict(vision=vision, text=text, decoder=decoder)
 
 # %% ../../nbs/official/50_internvideo.ipynb #fbe3d528

@@ -51,7 +51,7 @@ def uniformerv2_large_patch14_ssv2(**args) -> UniFormerV2:
     "L/14 of Something-Something: local blocks, global blocks on sixteen layers, 16 frames."
     return UniFormerV2(**args)
 
-# %% ../../nbs/official/40_uniformerv2.ipynb #6fed735f
+# %% ../../nbs/official/40_uniformerv2.ipynb #febb8845
 _LOCAL = r"(blocks\.\d+\.)lmhra(\d)\.pos_embed\."
 _GLOBAL = r"(fusion\.layers\.\d+\.)"
 _OFFICIAL = {
@@ -67,6 +67,7 @@ _OFFICIAL = {
     _GLOBAL + r"mlp\.c_proj": r"\1mlp.fc2",
     r"transformer\.proj\.0": "fc_norm", r"transformer\.proj\.2": "head"}
 
+# %% ../../nbs/official/40_uniformerv2.ipynb #6fed735f
 def from_official(
     state: State,   # official file, with or without `backbone.`
     label_map: str | Path | Iterable[int] | None = None,   # see `head_rows`; None: the whole head
@@ -116,11 +117,13 @@ def inflated(
     return state | {key: inflate_stem(state[key][:, :, 0], frames)}
 
 layout("clip", UniFormerV2, has=[r"(visual\.)?class_embedding|(vision\.)?cls_token"],
-       lacks=[r"(backbone\.)?transformer\.(temporal_cls_token|proj\.)", r"fc_norm\.", r"clip_decoder\."],
+       lacks=[r"(backbone\.)?transformer\.(temporal_cls_token|proj\.)", r"fc_norm\.",
+              r"clip_decoder\."],
        fresh=FRESH, whole=False, adapt=inflated)(from_clip);
 
 # %% ../../nbs/official/40_uniformerv2.ipynb #b8f6a004
-LOCAL = {(False, False): None, (True, False): "single", (True, True): "double"}   # official switches → ours
+LOCAL = {(False, False): None,      # official switches → ours
+         (True, False): "single", (True, True): "double"}
 
 def _model_of(c: dict) -> UniFormerV2:
     "The model of a case."

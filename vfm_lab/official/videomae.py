@@ -215,7 +215,8 @@ class PretrainVideoMAE(Recipe):
         "Encoder and decoder."
         model = create(self.model, **self.model_args)
         if isinstance(model, VideoMAE): return model
-        raise ValueError(f"model {self.model!r} is a {type(model).__name__}, {self.command} needs a VideoMAE")
+        raise ValueError(f"model {self.model!r} is a {type(model).__name__}, "
+                         f"{self.command} needs a VideoMAE")
 
 # %% ../../nbs/official/30_videomae.ipynb #111000af
 @golden("videomae_v2_masks", unused=["grid"])
@@ -242,7 +243,8 @@ def vit_args(
 ) -> dict:     # arguments of `VideoViT`
     "The official names of a video ViT's sizes as ours."
     return dict(image_size=c["image_size"], patch=c["patch_size"], frames=c["num_frames"],
-                tubelet=c["tubelet_size"], dim=c["embed_dim"], depth=c["depth"], heads=c["num_heads"],
+                tubelet=c["tubelet_size"], dim=c["embed_dim"], depth=c["depth"],
+                heads=c["num_heads"],
                 mlp_ratio=c["mlp_ratio"] if "mlp_ratio" in c else c["mlp_dim"] / c["embed_dim"],
                 bias="qv" if c.get("qkv_bias", True) else "none", eps=c["ln_eps"],
                 layer_scale=c.get("layer_scale", 0.0), drop_path=c.get("drop_path", 0.0),
@@ -254,8 +256,8 @@ def decoder_args(
     "The official names of a decoder's sizes as ours."
     width = c["decoder_embed_dim"]
     ratio = c["decoder_mlp_dim"] / width if "decoder_mlp_dim" in c else None
-    return dict(decoder_dim=width, decoder_depth=c["decoder_depth"], decoder_heads=c["decoder_num_heads"],
-                decoder_mlp_ratio=ratio, norm_pix_loss=c["normalize_target"])
+    return dict(decoder_dim=width, decoder_depth=c["decoder_depth"], decoder_mlp_ratio=ratio,
+                decoder_heads=c["decoder_num_heads"], norm_pix_loss=c["normalize_target"])
 
 # %% ../../nbs/official/30_videomae.ipynb #46626996
 @golden("videomae_v2_pretrain", unused=["batch", "mask_ratio", "decoder_mask_ratio"])
@@ -280,7 +282,8 @@ def run_finetune(
 ) -> Outputs:
     "VideoMAE V2's classifier, with plain or cosine attention."
     c = case.config
-    model = VideoMAEClassifier(c["num_classes"], mean_pooling=c["mean_pooling"], **vit_args(c)).eval()
+    model = VideoMAEClassifier(c["num_classes"], mean_pooling=c["mean_pooling"], **vit_args(c))
+    model.eval()
     load_weights(model, case.weights)
     pooled = model.forward_head(model.forward_features(case.inputs["clip"]), pre_logits=True)
     return {"pooled": pooled, "logits": model.head(pooled)}
@@ -295,8 +298,8 @@ def run_transformers_pretrain(
     sizes = decoder_args(case.config) | vit_args(case.config)
     model = VideoMAE(decoder_norm_eps=1e-5, **sizes).eval()
     load_weights(model, case.weights, from_transformers)
-    return {"encoder_tokens": model.encoder(clip, mask), "predictions": model.predict(clip, mask, ~mask),
-            "loss": model.loss(clip, mask, ~mask)}
+    return {"encoder_tokens": model.encoder(clip, mask),
+            "predictions": model.predict(clip, mask, ~mask), "loss": model.loss(clip, mask, ~mask)}
 
 @golden("videomae_classifier", unused=["batch"])
 def run_transformers_classifier(
