@@ -31,14 +31,14 @@ class Layout:
     name: str
     model: type[nn.Module]              # the class that it fills
     convert: Callable[[State], State]   # its keys → ours
-    has: tuple[str, ...]                # patterns at the start of keys: each is found in such a file …
+    has: tuple[str, ...]                # patterns at the start of keys: a file has each of them …
     lacks: tuple[str, ...] = ()         # … and none of these
-    fresh: tuple[str, ...] = ()         # our keys that such a file does not hold: they keep their start
-    whole: bool = True                  # False: such a file is something else too, and more than `model`
-    only: Callable[[State], bool] | None = None          # a look at the shapes, where keys do not tell
-    sizes: Callable[[State, dict], dict] | None = None   # its tensors and its JSON → arguments of `make`
-    make: Callable[..., nn.Module] | None = None         # builds the model; None: the class itself
-    adapt: Callable[[State, nn.Module], State] | None = None   # what depends on the model at hand
+    fresh: tuple[str, ...] = ()         # our keys that it does not hold: they keep their start
+    whole: bool = True                  # False: such a file is something else, too, than `model`
+    only: Callable[[State], bool] | None = None         # looks at shapes, where keys do not tell
+    sizes: Callable[[State, dict], dict] | None = None  # tensors and JSON → arguments of `make`
+    make: Callable[..., nn.Module] | None = None        # builds the model; None: the class itself
+    adapt: Callable[[State, nn.Module], State] | None = None  # what depends on the model at hand
 
     def fits(
         self,
@@ -58,7 +58,7 @@ def layout(
     has: Iterable[str],             # patterns, see `Layout`
     **more,                         # other fields of `Layout`
 ) -> Callable:
-    "Decorator of a converter: such files are known from now on. `ValueError` for a name that is taken."
+    "Decorator of a converter: such files are known from now on. `ValueError` for a taken name."
     def add(convert: Callable[[State], State]) -> Callable[[State], State]:
         old = LAYOUTS.get(name)
         if old and old.convert.__qualname__ != convert.__qualname__:
@@ -70,7 +70,7 @@ def layout(
 # %% ../../nbs/models/05_registry.ipynb #ca5c76bd
 def layouts_of(
     state: State,                            # of any file
-    model: type[nn.Module] | None = None,    # only those that fill this class; None: that are all of a model
+    model: type[nn.Module] | None = None,    # only those that fill this class; None: the whole ones
 ) -> list[Layout]:                           # none, one, or a mistake
     "The layouts that fit a file."
     bare = peel(state)
@@ -81,12 +81,13 @@ def layouts_of(
 def find_layout(
     state: State,                            # of any file
     model: type[nn.Module] | None = None,    # only those that fill this class
-    name: str | None = None,                 # of a layout, where it is known; None: it is found by its keys
+    name: str | None = None,                 # of a layout, where it is known; None: the keys tell
 ) -> Layout | None:                          # None: no layout fits, so the keys may be our own
-    "The one layout of a file; raises `CheckpointError` if two fit, or if the named one is not there."
+    "The one layout of a file; raises `CheckpointError` if two fit or the named one is unknown."
     if name is not None:
         if name in LAYOUTS: return LAYOUTS[name]
-        raise CheckpointError(f"no layout is named {name!r}; there are {', '.join(sorted(LAYOUTS))}")
+        known = ", ".join(sorted(LAYOUTS))
+        raise CheckpointError(f"no layout is named {name!r}; there are {known}")
     fit = layouts_of(state, model)
     if len(fit) < 2: return fit[0] if fit else None
     names = " and ".join(one.name for one in fit)
@@ -94,9 +95,9 @@ def find_layout(
 
 # %% ../../nbs/models/05_registry.ipynb #8ec5b54e
 def read_label_map(
-    source: str | Path | Iterable[int],  # a json file that holds a list of row numbers, or the numbers themselves
+    source: str | Path | Iterable[int],  # row numbers, or a json file with a list of them
 ) -> list[int]:                          # entry k: the row of the wide head that knows class k
-    "Rows of a label map; raises `CheckpointError` if they are not distinct whole numbers from 0 on."
+    "Rows of a label map; raises `CheckpointError` unless they are distinct, whole, 0 or more."
     try: rows = read_json(source) if isinstance(source, (str, Path)) else list(source)
     except ValueError as e: raise CheckpointError(f"label map {e}") from e
     whole = isinstance(rows, list) and all(type(r) is int and r >= 0 for r in rows)
@@ -148,7 +149,7 @@ def named(
 ) -> Callable:
     """Decorator of a function that builds a model: timm knows its name and its input.
 
-    Its return annotation is a `ClipReader`. Such a name raises `ValueError` for `pretrained=True`."""
+    Its return annotation is a `ClipReader`. The name raises `ValueError` for `pretrained=True`."""
     sizes = {"frames": frames, **sizes}
 
     def add(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

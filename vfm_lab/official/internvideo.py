@@ -76,7 +76,7 @@ def sizes_from_official(
     state: State,                   # official file, `clip.*` and maybe a caption decoder
     heads: int | None = None,       # of the video tower; None: width / 64
     text_heads: int | None = None,  # of the text tower; None: width / 64
-    **known,                        # `vision`, `text`, `decoder`: arguments that are known, and count
+    **known,                        # `vision`, `text`, `decoder`: arguments that count more
 ) -> dict:                          # arguments of `VideoText`
     """Read all sizes off the tensors.
 
