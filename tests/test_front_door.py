@@ -2,6 +2,8 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +13,11 @@ import vfm_lab
 from vfm_lab.hub import Loaded, create_model, fill, list_models, load, save
 from vfm_lab.inputs import InputSpec
 from vfm_lab.lab import asset
-from vfm_lab.models.checkpoints import CheckpointError
+from vfm_lab.models.checkpoints import CheckpointError, read_config
+from vfm_lab.models.clip import tiny_clip, tiny_tokenizer
 from vfm_lab.viz.attention import attention_map, record_attention
+
+ROOT = Path(__file__).parents[1]
 
 SMALL = dict(image_size=32, patch=8, frames=4, dim=32, depth=3, heads=2)
 MORE = {"umt_pretrain": dict(layers=2), "uniformerv2": dict(global_layers=(1, 2)), "videomae_pretrain": dict(decoder_depth=1)}
@@ -86,6 +91,20 @@ def test_weights_of_the_lab_have_a_name():
     assert "tiny_clip" not in list_models()   # it is a file, not a kind of model
     with pytest.raises(ValueError, match="no model is named 'tiny_clap'"):
         vfm_lab.load("tiny_clap")
+
+
+def test_the_cell_that_writes_tiny_clip_writes_the_whole_header(tmp_path):
+    cells = json.loads((ROOT / "nbs/models/10_clip.ipynb").read_text(encoding="utf-8"))["cells"]
+    code, = (text for c in cells if (text := "".join(c["source"])).startswith("REMAKE"))
+    known = {"asset": lambda: tmp_path, "smoke": lambda: False, "model": tiny_clip(), "tokenizer": tiny_tokenizer(),
+             "replace": replace, "save": save, "Loaded": Loaded}
+    exec(code, known)
+    old, new = (folder / "weights/tiny_clip.safetensors" for folder in (asset(), tmp_path))
+    assert read_config(new).keys() == read_config(old).keys() and load(new).spec == load(old).spec
+    for part in ("vision", "text"): assert read_config(old)[part].items() <= read_config(new)[part].items()
+    assert load(new).tokenizer == (tmp_path / "weights/tiny_clip_tokenizer.json").read_text()
+    assert json.loads(load(new).tokenizer) == json.loads(load(old).tokenizer)
+    assert_close(load(new).model.state_dict(), load(old).model.state_dict(), atol=0, rtol=0)
 
 
 def test_an_explorer_finds_its_shells():
