@@ -92,9 +92,10 @@ def test_a_classifier_starts_from_it(tmp_path, pooled, mean):
         torch.testing.assert_close(ours, seen, atol=2e-5, rtol=1e-4)
 
 
-def test_a_clip(tmp_path):
-    text = dict(TINY, vocab_size=40, max_position_embeddings=12, eos_token_id=39, bos_token_id=38)
-    vision = dict(TINY, image_size=32, patch_size=8)
+@pytest.mark.parametrize("more", [{}, {"layer_norm_eps": 0.01, "hidden_act": "gelu"}], ids=str)
+def test_a_clip(tmp_path, more):
+    text = dict(TINY, **more, vocab_size=40, max_position_embeddings=12, eos_token_id=39, bos_token_id=38)
+    vision = dict(TINY, **more, image_size=32, patch_size=8)
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     theirs = made(transformers.CLIPModel, config)
     found = folder(theirs, tmp_path, False)
