@@ -324,6 +324,7 @@ def _check(given: dict) -> None:
 class UniFormerV2(ArmedTower):
     "A CLIP image tower armed for video: local blocks inside, global blocks beside its last layers (UniFormerV2 §3)."
     part = "vision"   # of a config.json; `load_weights` compares
+    usual = {"act": "quick_gelu"}   # where that leaves it out
 
     def __init__(
         self,

@@ -160,7 +160,7 @@ def multimodal_sizes(
 ) -> dict:          # arguments of `VideoText`
     "Sizes read off the tensors; raises `CheckpointError` where they make no sense."
     known = _own_sizes(state, said)
-    parts = {k: v for k, v in known.items() if isinstance(v, dict)}
+    parts = {k: known.pop(k) for k in list(known) if isinstance(known[k], dict)}
     with _readable(state): return known | sizes_from_official(state, **parts)
 
 layout("internvideo_multimodal", VideoText, has=[r"clip\.visual\.", r"clip\.token_embedding\."],

@@ -117,7 +117,8 @@ def inflated(
     return state | {key: inflate_stem(state[key][:, :, 0], frames)}
 
 layout("clip", UniFormerV2, has=[r"(visual\.)?class_embedding|(vision\.)?cls_token"],
-       lacks=[r"(backbone\.)?transformer\.(temporal_cls_token|proj\.)", r"fc_norm\.", r"fusion\.", r"clip_decoder\."],
+       lacks=[r"(backbone\.)?transformer\.(temporal_cls_token|proj\.)", r"fc_norm\.",
+              r"fusion\.", r"clip_decoder\."],
        fresh=FRESH, whole=False, adapt=inflated)(from_clip);
 
 # %% ../../nbs/official/40_uniformerv2.ipynb #b8f6a004
