@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
@@ -20,6 +21,7 @@ from vfm_lab.models.clip import tiny_clip, tiny_tokenizer
 from vfm_lab.models.internvideo import VideoText
 from vfm_lab.models.registry import layouts_of
 from vfm_lab.models.uniformerv2 import UniFormerV2
+from vfm_lab.official.umt import PretrainUMT, clip_teacher
 from vfm_lab.viz.attention import attention_map, record_attention
 
 ROOT = Path(__file__).parents[1]
@@ -156,3 +158,11 @@ def test_our_own_uniformerv2_is_not_taken_for_a_clip(tmp_path, classes):
     for p in other.parameters(): p.data.add_(1)
     assert fill(other, tmp_path / "own.safetensors").fresh == []
     assert_close(other.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_a_teacher_that_cannot_be_downloaded_is_named(monkeypatch):
+    def offline(*_, **__): raise LocalEntryNotFoundError("cannot find the requested files in the local cache\nmore")
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match="^teacher: timm cannot download 'vit_base_patch16_clip_224.openai'; give its file "
+                                         r"as teacher_weights \(cannot find .* cache\)$"):
+        clip_teacher(PretrainUMT())

@@ -118,13 +118,18 @@ class PretrainUMT(Recipe):
                              f"{self.command} needs a UMTStudent")
         return UMT(student, clip_teacher(self), self.mask_ratio, self.masking, self.loss)
 
+# %% ../../nbs/official/20_umt.ipynb #9f00476f
 def clip_teacher(
     recipe: PretrainUMT,  # names the teacher and its weights
 ) -> CLIPVision:
-    "The frozen image tower."
+    "The frozen image tower; raises `ValueError` if its weights cannot be had."
     if recipe.teacher == "tiny": return tiny_clip().vision
     file = recipe.teacher_weights
-    tower = clip_vision(recipe.teacher, recipe.teacher_size, pretrained=file is None)
+    try: tower = clip_vision(recipe.teacher, recipe.teacher_size, pretrained=file is None)
+    except OSError as e:
+        why = str(e).partition("\n")[0][:200]
+        raise ValueError(f"teacher: timm cannot download {recipe.teacher!r}; give its file as "
+                         f"teacher_weights ({why})") from e
     def fit(state): return resize_grid(vision_from_openai(state), recipe.teacher_size, tower.patch_embed.patch)
     if file: load_weights(tower, file, fit)
     return tower
