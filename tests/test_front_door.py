@@ -2,17 +2,29 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 import vfm_lab
 from vfm_lab.hub import Loaded, create_model, fill, list_models, load, save
 from vfm_lab.inputs import InputSpec
 from vfm_lab.lab import asset
-from vfm_lab.models.checkpoints import CheckpointError
+from vfm_lab.models.checkpoints import CheckpointError, read_config
+from vfm_lab.models.clip import tiny_clip, tiny_tokenizer
+from vfm_lab.models.internvideo import VideoText
+from vfm_lab.models.registry import layouts_of
+from vfm_lab.models.uniformerv2 import UniFormerV2
+from vfm_lab.official.umt import PretrainUMT, clip_teacher
 from vfm_lab.viz.attention import attention_map, record_attention
+
+ROOT = Path(__file__).parents[1]
 
 SMALL = dict(image_size=32, patch=8, frames=4, dim=32, depth=3, heads=2)
 MORE = {"umt_pretrain": dict(layers=2), "uniformerv2": dict(global_layers=(1, 2)), "videomae_pretrain": dict(decoder_depth=1)}
@@ -88,9 +100,69 @@ def test_weights_of_the_lab_have_a_name():
         vfm_lab.load("tiny_clap")
 
 
+def test_the_cell_that_writes_tiny_clip_writes_the_whole_header(tmp_path):
+    cells = json.loads((ROOT / "nbs/models/10_clip.ipynb").read_text(encoding="utf-8"))["cells"]
+    code, = (text for c in cells if (text := "".join(c["source"])).startswith("REMAKE"))
+    known = {"asset": lambda: tmp_path, "smoke": lambda: False, "model": tiny_clip(), "tokenizer": tiny_tokenizer(),
+             "replace": replace, "save": save, "Loaded": Loaded}
+    exec(code, known)
+    old, new = (folder / "weights/tiny_clip.safetensors" for folder in (asset(), tmp_path))
+    assert read_config(new).keys() == read_config(old).keys() and load(new).spec == load(old).spec
+    for part in ("vision", "text"): assert read_config(old)[part].items() <= read_config(new)[part].items()
+    assert load(new).tokenizer == (tmp_path / "weights/tiny_clip_tokenizer.json").read_text()
+    assert json.loads(load(new).tokenizer) == json.loads(load(old).tokenizer)
+    assert_close(load(new).model.state_dict(), load(old).model.state_dict(), atol=0, rtol=0)
+
+
 def test_an_explorer_finds_its_shells():
     "In a process of its own, which has imported none of them."
     code = ("import torch; from vfm_lab.viz.explorer import MaskExplorer\n"
             "print(sorted(MaskExplorer(torch.rand(3, 4, 64, 64))._repr_mimebundle_()))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == str(["application/vnd.jupyter.widget-view+json", "image/png", "text/plain"]), done.stderr
+
+
+TOWERS = dict(vision=dict(image_size=32, patch=8, frames=4, dim=32, depth=3, heads=2, global_layers=[1, 2]),
+              text=dict(vocab=20, context=8, dim=32, depth=1, heads=2, out_dim=16))
+
+
+@pytest.mark.parametrize("layers", [[1, 2], []], ids=str)
+def test_video_text_keeps_every_setting(tmp_path, layers):
+    parts = TOWERS | {"vision": TOWERS["vision"] | {"global_layers": layers}}
+    model = VideoText(**parts, caption_weight=0.5, eps=1e-3).eval()
+    save(Loaded(model), tmp_path / "towers.safetensors")
+    found = load(tmp_path / "towers.safetensors").model
+    assert isinstance(found, VideoText) and found.config == model.config
+    assert (found.norm.eps, found.caption_weight) == (1e-3, 0.5)
+    clip = torch.randn(2, 3, 4, 32, 32)
+    with torch.no_grad(): assert_close(found.forward_video(clip), model.forward_video(clip))
+
+
+def test_a_vit_of_timm_is_no_uniformerv2(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2,
+                            global_pool="avg", fc_norm=True, num_classes=5)
+    assert {"cls_token", "fc_norm.weight", "head.weight"} <= vit.state_dict().keys()
+    file = tmp_path / "vit.safetensors"
+    save_file(vit.state_dict(), file)
+    assert layouts_of(vit.state_dict()) == layouts_of(vit.state_dict(), UniFormerV2) == []
+    with pytest.raises(CheckpointError, match="vit.safetensors: no registered model has tensors of these shapes"): load(file)
+    model = small("uniformerv2_base_patch16", num_classes=5)
+    with pytest.raises(CheckpointError, match="does not fit UniFormerV2(.|\n)*fusion.query_token"): fill(model, file)
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_our_own_uniformerv2_is_not_taken_for_a_clip(tmp_path, classes):
+    model = small("uniformerv2_base_patch16_ssv2", num_classes=classes, global_layers=(1, 2))
+    save(Loaded(model, name="uniformerv2_base_patch16_ssv2"), tmp_path / "own.safetensors")
+    other = small("uniformerv2_base_patch16_ssv2", num_classes=classes, global_layers=(1, 2))
+    for p in other.parameters(): p.data.add_(1)
+    assert fill(other, tmp_path / "own.safetensors").fresh == []
+    assert_close(other.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+def test_a_teacher_that_cannot_be_downloaded_is_named(monkeypatch):
+    def offline(*_, **__): raise LocalEntryNotFoundError("cannot find the requested files in the local cache\nmore")
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match="^teacher: timm cannot download 'vit_base_patch16_clip_224.openai'; give its file "
+                                         r"as teacher_weights \(cannot find .* cache\)$"):
+        clip_teacher(PretrainUMT())

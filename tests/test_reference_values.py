@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from vfm_lab.golden import Case, run_case
 from vfm_lab.models.checkpoints import load_weights
 from vfm_lab.models.clip import CLIPVision, resize_frames
 from vfm_lab.models.internvideo import VideoText
@@ -138,6 +139,28 @@ def test_uniformerv2(frames, stem, local, layers, frozen, scores):
     official = official_uniformerv2({None: 0, "single": 1, "double": 2}[local], len(layers), stem, frozen)
     load_weights(model, {"model_state": {f"backbone.{k}": v for k, v in fill(official).items()}}, from_official)
     with torch.no_grad(): to_five_decimals(model(noise(6, 2, 3, frames, 32, 32)), torch.tensor(scores))
+
+
+@pytest.mark.parametrize("local, number", [("single", 1), ("double", 2)])
+def test_a_frozen_backbone_with_local_blocks(local, number):
+    """The official frozen form is the open one whose gate is shut: its query alone is the feature."""
+    shut = UniFormerV2(5, 32, 8, 4, 48, 4, 4, global_layers=(2, 3), local=local).eval()
+    weights = fill(official_uniformerv2(number, 2, 1, False)) | {"transformer.balance": torch.full((48,), -1e4)}
+    load_weights(shut, weights, from_official)
+    clip = noise(6, 2, 3, 4, 32, 32)
+    config = dict(num_classes=5, image_size=32, patch_size=8, num_frames=4, embed_dim=48, depth=4, num_heads=4,
+                  mlp_ratio=4, global_layers=[2, 3], global_num_heads=4, local_blocks=True,
+                  double_local_blocks=local == "double", temporal_downsample=False, frozen=True, ln_eps=1e-5,
+                  global_mlp_ratio=4.0, local_reduction=1.5, stem_temporal_kernel=3)
+    weights.pop("transformer.balance")
+    with torch.no_grad():
+        case = Case("frozen_local", "uniformerv2", config, weights, {"clip": clip}, {"logits": shut(clip)}, 1e-6, 1e-5)
+        with pytest.warns(UserWarning, match="a frozen backbone leaves them so"):
+            lines = run_case(case)
+    assert [(line.output, line.met) for line in lines] == [("logits", True)], lines
+    with pytest.warns(UserWarning): model = UniFormerV2(5, 32, 8, 4, 48, 4, 4, global_layers=(2, 3), local=local, frozen=True)
+    trained = {k.split(".")[0] for k, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"fusion", "fc_norm", "head"}
 
 
 def official_multimodal(dim=48, depth=5, out=16, vocab=100, context=12, width=32, layers=3):

@@ -213,6 +213,7 @@ def _plan(given: State, said: dict, model: str | None, layout: str | None,
         sizes = found.sizes(peel(given), said)
         return Plan(found.make or found.model, {**sizes, **args}, state, found, None)
     name = name or _named_like(state, found.model if found else nn.Module)
+    if found and found.shown: args = found.shown(peel(given), said) | args
     if _has_head(state, name): args = {"num_classes": len(state["head.weight"])} | args
     return Plan(timm.model_entrypoint(name), {**(said if own else {}), **args}, state, found, name)
 

@@ -376,23 +376,20 @@ LAST = "the largest id"   # where our text tower is read
 Said = dict[str, dict]   # part ("vision", "text", or "" for all) → its settings
 
 def _of_transformers(about: dict) -> Said:
-    "config.json of transformers. CLIP's may leave the activation out where it is QuickGELU."
-    clip = str(about.get("model_type", "")).startswith("clip")
+    "config.json of transformers."
     parts = {}
     for part in ("vision", "text"):
         parts[part] = dict(about.get(f"{part}_config") or {})
         parts[part] |= about.get(f"{part}_config_dict") or {}   # of older files; this one counts
     parts = {p: d for p, d in parts.items() if d} or {"": about}
-    if clip: parts = {p: {"hidden_act": "quick_gelu", **d} for p, d in parts.items()}
     for d in parts.values():   # 2 is what old files say for the largest id
         if d.get("eos_token_id") in (2, d.get("vocab_size", 0) - 1): d["eos_token_id"] = LAST
     return {p: {ours: d[theirs] for ours, theirs in SETTINGS.items() if d.get(theirs) is not None}
             for p, d in parts.items()}
 
 def _of_timm(about: dict) -> Said:
-    "config.json of timm. OpenAI's own weights were trained with QuickGELU under either name."
+    "config.json of timm. OpenAI's own weights were trained with QuickGELU under any name."
     name, tag = str(about["architecture"]), str((about.get("pretrained_cfg") or {}).get("tag"))
-    if "clip" not in name: return {}
     return {"vision": {"act": "quick_gelu" if "quickgelu" in name or tag == "openai" else "gelu"}}
 
 def _of_open_clip(about: dict) -> Said:
@@ -434,7 +431,7 @@ def _agree(key: str, theirs: object, ours: object) -> bool:
     return max(theirs, 1e-5) == max(ours, 1e-5)
 
 def compare_settings(
-    model: nn.Module,     # with `config`, and maybe `part`, `fixed` and `unsaid`
+    model: nn.Module,     # with `config`, and maybe `part`, `usual`, `fixed` and `unsaid`
     file: Path | None,    # of its weights
 ) -> list[str]:           # notes for the report
     "Refuse weights made for another activation or other heads, which no shape shows."
@@ -445,8 +442,10 @@ def compare_settings(
     built = {p: d | getattr(owners[p], "fixed", {}) for p, d in built.items()}
     silent = hasattr(model, "unsaid")
     for place, said in _said(file) if file else ():
-        for at, ours in ((p or part, d) for p, d in built.items()):
+        for p, ours in built.items():
+            at = p or part
             theirs = said.get(at, said.get("", {}))
+            if theirs or at in said: theirs = getattr(owners[p], "usual", {}) | theirs
             silent = silent and place != "its header" and "act" not in theirs
             for key in (k for k in ours if k in theirs and not _agree(k, theirs[k], ours[k])):
                 name = key if place == "its header" else SETTINGS[key]

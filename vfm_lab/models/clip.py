@@ -153,6 +153,7 @@ class TeacherTower(FrameTower):
 class CLIPVision(TeacherTower):
     "CLIP's image tower. A clip is a batch of images to it: every frame is processed alone."
     part = "vision"   # of a config.json; `load_weights` compares
+    usual = {"act": "quick_gelu"}   # where that leaves it out
 
     def __init__(
         self,
@@ -271,6 +272,7 @@ class TextTower(Encoder):
 class CLIPText(TextTower):
     "CLIP's text tower: a causal transformer read out at the end token, which has the highest id."
     part = "text"   # of a config.json; `load_weights` compares
+    usual = {"act": "quick_gelu"}   # where that leaves it out
     fixed = {"end": LAST}
 
     def __init__(

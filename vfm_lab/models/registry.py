@@ -37,6 +37,7 @@ class Layout:
     whole: bool = True                  # False: such a file is something else, too, than `model`
     only: Callable[[State], bool] | None = None         # looks at shapes, where keys do not tell
     sizes: Callable[[State, dict], dict] | None = None  # tensors and JSON → arguments of `make`
+    shown: Callable[[State, dict], dict] | None = None  # the same for models that have a name
     make: Callable[..., nn.Module] | None = None        # builds the model; None: the class itself
     adapt: Callable[[State, nn.Module], State] | None = None  # what depends on the model at hand
 

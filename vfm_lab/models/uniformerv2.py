@@ -7,6 +7,7 @@ __all__ = ['FUSIONS', 'LocalBlock', 'UniBlock', 'GlobalBlock', 'Fusion', 'Sequen
            'HierarchicalQ', 'TemporalPatchEmbed', 'ArmedTower', 'UniFormerV2']
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #86fa75e9
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -306,23 +307,24 @@ def _rates(top: float, n: int) -> list[float]:
     return [top * i / max(n - 1, 1) for i in range(n)]
 
 def _check(given: dict) -> None:
-    "Raises `ValueError` for arguments of `UniFormerV2` that cannot be."
+    "Raises `ValueError` for arguments of `UniFormerV2` that cannot be, warns of useless ones."
     layers, depth, local = list(given["global_layers"]), given["depth"], given["local"]
     if given["fusion"] not in FUSIONS:
         raise ValueError(f"fusion is one of {', '.join(FUSIONS)}; got {given['fusion']!r}")
     if layers != sorted({*layers} & {*range(depth)}):
         raise ValueError("global_layers are increasing numbers of blocks from 0 to "
                          f"{depth - 1}, got {tuple(layers)}")
-    if given["frozen"] and local:
-        raise ValueError("local blocks start as identity, and a frozen backbone would leave them "
-                         "so")
     if local not in (None, "single", "double"):
         raise ValueError(f'local is None, "single" or "double", got {local!r}')
+    if given["frozen"] and local:
+        warnings.warn("local blocks start as identity, and a frozen backbone leaves them so: "
+                      "they need weights", stacklevel=3)
 
 # %% ../../nbs/models/40_uniformerv2.ipynb #f5577468
 class UniFormerV2(ArmedTower):
     "A CLIP image tower armed for video: local blocks inside, global blocks beside its last layers (UniFormerV2 §3)."
     part = "vision"   # of a config.json; `load_weights` compares
+    usual = {"act": "quick_gelu"}   # where that leaves it out
 
     def __init__(
         self,

@@ -222,7 +222,8 @@ def transformers_sizes(
         return dict(dim=dim, depth=c.get("num_hidden_layers", 12), out_dim=out,
                     heads=c.get("num_attention_heads", heads),
                     act=c.get("hidden_act", "quick_gelu"),
-                    mlp_ratio=c.get("intermediate_size", 4 * dim) / dim)
+                    mlp_ratio=c.get("intermediate_size", 4 * dim) / dim,
+                    eps=c.get("layer_norm_eps", 1e-5))
     vision = dict(image_size=v.get("image_size", 224), patch=v.get("patch_size", 32))
     text = dict(vocab=t.get("vocab_size", 49408), context=t.get("max_position_embeddings", 77))
     return dict(vision=tower(v, 768, 12) | vision, text=tower(t, 512, 8) | text)
@@ -245,7 +246,7 @@ def _own_sizes(state: State, said: dict) -> dict:
     return parts
 
 @layout("clip_towers", CLIP, has=[r"vision\.cls_token", r"text\.token_embed"],
-        lacks=[r"vision\.fusion\."], sizes=_own_sizes, make=both_towers)
+        lacks=[r"mask_embed$"], sizes=_own_sizes, make=both_towers)
 def _same(state: State) -> State: return state
 
 # %% ../../nbs/official/10_clip.ipynb #12918fb7

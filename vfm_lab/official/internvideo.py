@@ -7,6 +7,7 @@ __all__ = ['FRESH', 'sizes_from_official', 'decoder_from_official', 'from_offici
            'tiny_video_text', 'run_multimodal']
 
 # %% ../../nbs/official/50_internvideo.ipynb #cd9e272f
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,24 +152,23 @@ def from_official(
     return ours | dict.fromkeys(state)
 
 # %% ../../nbs/official/50_internvideo.ipynb #ce3fedbb
-_PARTS = ("vision", "text", "decoder")
+def _own_sizes(state: State, said: dict) -> dict:
+    "As the header of a file of this lab says them: whatever `VideoText` takes."
+    return {k: said[k] for k in inspect.signature(VideoText).parameters if k in said}
 
 def multimodal_sizes(
     state: State,   # official names
-    said: dict,     # a config.json beside the file, if there is one: what it says of a part counts
+    said: dict,     # a config.json beside the file, if there is one: what it says counts
 ) -> dict:          # arguments of `VideoText`
     "Sizes read off the tensors; raises `CheckpointError` where they make no sense."
-    known = {k: said[k] for k in _PARTS if isinstance(said.get(k), dict)}
-    with _readable(state): return sizes_from_official(state, **known)
+    known = _own_sizes(state, said)
+    parts = {k: known.pop(k) for k in list(known) if isinstance(known[k], dict)}
+    with _readable(state): return known | sizes_from_official(state, **parts)
 
 layout("internvideo_multimodal", VideoText, has=[r"clip\.visual\.", r"clip\.token_embedding\."],
        sizes=multimodal_sizes)(from_official)
 
-def _own_sizes(state: State, said: dict) -> dict:
-    "As the header of a file of this lab says them."
-    return {k: v for k, v in said.items() if k in _PARTS}
-
-@layout("video_text", VideoText, has=[r"vision\.fusion\.", r"text\.token_embed"], sizes=_own_sizes)
+@layout("video_text", VideoText, has=[r"mask_embed$", r"text\.token_embed"], sizes=_own_sizes)
 def _same(state: State) -> State: return peel(state)
 
 # %% ../../nbs/official/50_internvideo.ipynb #b38726b2

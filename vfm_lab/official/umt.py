@@ -92,10 +92,14 @@ layout("umt_finetuned", UMTClassifier, only=one_frame_deep,
 def clip_teacher(
     recipe: "PretrainUMT",  # names the teacher and its weights
 ) -> CLIPVision:
-    "The frozen image tower."
+    "The frozen image tower; raises `ValueError` if its weights cannot be had."
     if recipe.teacher == "tiny": return tiny_clip().vision
     file = recipe.teacher_weights
-    tower = clip_vision(recipe.teacher, recipe.teacher_size, pretrained=file is None)
+    try: tower = clip_vision(recipe.teacher, recipe.teacher_size, pretrained=file is None)
+    except OSError as e:
+        why = str(e).partition("\n")[0][:200]
+        raise ValueError(f"teacher: timm cannot download {recipe.teacher!r}; give its file as "
+                         f"teacher_weights ({why})") from e
     patch = tower.patch_embed.patch
     def fit(state): return resize_grid(vision_from_openai(state), recipe.teacher_size, patch)
     if file: load_weights(tower, file, fit)

@@ -85,8 +85,9 @@ def from_official(
     return head_rows(out, label_map)
 
 # %% ../../nbs/official/40_uniformerv2.ipynb #cdb78c2d
-layout("uniformerv2_finetuned", UniFormerV2, has=[r"(backbone\.)?transformer\.(temporal_cls_token|proj\.)"])(from_official)
-layout("uniformerv2", UniFormerV2, has=[r"cls_token", r"fc_norm\.", r"head\.weight"])(peel);
+layout("uniformerv2_finetuned", UniFormerV2,
+       has=[r"(backbone\.)?transformer\.(temporal_cls_token|proj\.)"])(from_official)
+layout("uniformerv2", UniFormerV2, has=[r"cls_token", r"fusion\.query_token"])(peel);
 
 # %% ../../nbs/official/40_uniformerv2.ipynb #2173d84e
 FRESH = (r"fusion\.", r"balance", r"fc_norm\.", r"head\.", r"blocks\.\d+\.local")  # not in a CLIP
@@ -118,7 +119,7 @@ def inflated(
 
 layout("clip", UniFormerV2, has=[r"(visual\.)?class_embedding|(vision\.)?cls_token"],
        lacks=[r"(backbone\.)?transformer\.(temporal_cls_token|proj\.)", r"fc_norm\.",
-              r"clip_decoder\."],
+              r"fusion\.", r"clip_decoder\."],
        fresh=FRESH, whole=False, adapt=inflated)(from_clip);
 
 # %% ../../nbs/official/40_uniformerv2.ipynb #b8f6a004

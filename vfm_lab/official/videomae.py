@@ -8,8 +8,8 @@ __all__ = ['SIZES', 'DECODERS', 'FRESH', 'videomae_vit_small_patch16', 'videomae
            'videomae_pretrain_vit_base_patch16', 'videomae_pretrain_vit_large_patch16',
            'videomae_pretrain_vit_huge_patch16', 'videomae_pretrain_vit_giant_patch14', 'classifier_from_pretrained',
            'classifier_from_finetuned', 'from_transformers', 'two_frames_deep', 'classifier_from_any_pretrained',
-           'transformers_sizes', 'PretrainVideoMAE', 'run_masks', 'vit_args', 'decoder_args', 'run_pretrain',
-           'run_finetune', 'run_transformers_pretrain', 'run_transformers_classifier']
+           'transformers_shown', 'transformers_sizes', 'PretrainVideoMAE', 'run_masks', 'vit_args', 'decoder_args',
+           'run_pretrain', 'run_finetune', 'run_transformers_pretrain', 'run_transformers_classifier']
 
 # %% ../../nbs/official/30_videomae.ipynb #93c44557
 from collections.abc import Callable, Iterable
@@ -162,15 +162,36 @@ layout("videomae_finetuned", VideoMAEClassifier, only=two_frames_deep,
        lacks=[r"mask_token", r"clip_decoder\.", r"cls_token"])(classifier_from_finetuned);
 
 # %% ../../nbs/official/30_videomae.ipynb #6bae674a
-@layout("videomae_pretrained", VideoMAEClassifier, has=[r"mask_token"], fresh=FRESH, whole=False)
+def _norm_of(
+    state: State,               # in our names
+    model: VideoMAEClassifier,  # to be filled
+) -> State:
+    "The encoder's final norm goes only where tokens are averaged before the norm."
+    if not model.mean_pooling: return state
+    return {k: None if k.startswith("norm.") else v for k, v in state.items()}
+
+@layout("videomae_pretrained", VideoMAEClassifier, has=[r"mask_token"], fresh=(*FRESH, r"norm\."),
+        whole=False, adapt=_norm_of)
 def classifier_from_any_pretrained(
     state: State,  # official, or Hugging Face's `VideoMAEForPreTraining`
 ) -> State:        # for `VideoMAEClassifier`
-    "The encoder of a pre-trained file."
+    "The encoder of a pre-trained file, with its final norm if it has one."
     if any(k.startswith("videomae.") for k in peel(state)): state = from_transformers(state)
-    return classifier_from_pretrained(state)
+    end = {k[8:]: v for k, v in peel(state).items() if k.startswith("encoder.norm.")}
+    state = classifier_from_pretrained(state)
+    return {k: v for k, v in state.items() if not k.startswith("encoder.norm.")} | end
 
 # %% ../../nbs/official/30_videomae.ipynb #9d0f8179
+def transformers_shown(
+    state: State,   # Hugging Face's
+    said: dict,     # config.json, or nothing
+) -> dict:          # arguments of `VideoMAE` or `VideoMAEClassifier`
+    "What their keys show and what is the same in all of them: norms, shifts, torch's own eps."
+    shift = any(k.endswith(("query.bias", "q_bias")) for k in state)
+    last, shown = "videomae.layernorm.weight" in state, {"bias": "qv" if shift else "none"}
+    if "mask_token" not in state: return shown | dict(mean_pooling=not last, fc_eps=1e-5)
+    return shown | dict(final_norm=last, decoder_norm_eps=1e-5, decoder_mask=None)
+
 def transformers_sizes(
     state: State,   # Hugging Face's
     said: dict,     # config.json
@@ -181,25 +202,23 @@ def transformers_sizes(
     args = dict(image_size=said.get("image_size", 224), patch=said.get("patch_size", 16),
                 frames=said.get("num_frames", 16), tubelet=said.get("tubelet_size", 2), dim=dim,
                 depth=said.get("num_hidden_layers", 12), heads=said.get("num_attention_heads", 12),
-                mlp_ratio=said.get("intermediate_size", 4 * dim) / dim,
-                bias="qv" if said.get("qkv_bias", True) else "none", act=said.get("hidden_act", "gelu"),
-                eps=said.get("layer_norm_eps", 1e-12))
-    if "mask_token" not in state: return args | _head_of(state, said)
+                mlp_ratio=said.get("intermediate_size", 3072) / dim,
+                act=said.get("hidden_act", "gelu"), eps=said.get("layer_norm_eps", 1e-12))
+    args |= transformers_shown(state, said)
+    if "mask_token" not in state: return args | dict(num_classes=len(state["classifier.weight"]))
     width = said.get("decoder_hidden_size", 384)
-    return args | dict(decoder_dim=width, decoder_mask=None, norm_pix_loss=said.get("norm_pix_loss", True),
+    return args | dict(decoder_dim=width, norm_pix_loss=said.get("norm_pix_loss", True),
                        decoder_depth=said.get("decoder_num_hidden_layers", 4),
-                       decoder_heads=said.get("decoder_num_attention_heads", 6), decoder_norm_eps=1e-5,
+                       decoder_heads=said.get("decoder_num_attention_heads", 6),
                        decoder_mlp_ratio=said.get("decoder_intermediate_size", 1536) / width)
 
-def _head_of(state: State, said: dict) -> dict:
-    "A classifier of Hugging Face averages its tokens and has torch's own eps behind the mean."
-    return dict(num_classes=len(state["classifier.weight"]), fc_eps=1e-5,
-                mean_pooling=said.get("use_mean_pooling", True))
+# %% ../../nbs/official/30_videomae.ipynb #0189f73c
+_THEIRS = dict(sizes=transformers_sizes, shown=transformers_shown)
 
 layout("videomae_transformers", VideoMAE, has=[r"mask_token", r"videomae\."],
-       sizes=transformers_sizes)(from_transformers)
-layout("videomae_transformers_finetuned", VideoMAEClassifier, has=[r"classifier\.weight", r"videomae\."],
-       sizes=transformers_sizes)(from_transformers);
+       **_THEIRS)(from_transformers)
+layout("videomae_transformers_finetuned", VideoMAEClassifier,
+       has=[r"classifier\.weight", r"videomae\."], **_THEIRS)(from_transformers);
 
 # %% ../../nbs/official/30_videomae.ipynb #5d56c487
 @dataclass
