@@ -118,7 +118,7 @@ def fixed_order(
     if hasattr(loader, "fixed_order"): return loader.fixed_order(seed, rank, world)
     if not _indexed(loader): return partial(_replay, loader, seed, rank, world)
     order = _Order(loader, seed, rank, world)
-    seeded = _seeded(loader, seed, order)
+    seeded = _own_seed(loader, seed, order)
     def batches(epoch, start=0):
         order.epoch, order.start = epoch, start
         return iter(seeded)
@@ -128,7 +128,7 @@ def _indexed(loader):
     known = isinstance(loader, DataLoader) and loader.batch_sampler is not None
     return known and not isinstance(loader.dataset, IterableDataset)
 
-def _seeded(loader, seed, order):
+def _own_seed(loader, seed, order):
     "The same loader, asked for the keys (epoch, i) of `order`; it refuses plain assignment."
     seeded, data = copy(loader), _Seeded(loader.dataset, seed)
     vars(seeded).update(dataset=data, batch_sampler=order, _iterator=None)
@@ -148,7 +148,7 @@ def validation_share(
     batches = _keys(loader, seed, -1)   # no epoch of the training
     mine = [batch[rank::world] or batch[:1] for batch in batches]
     counts = [len(batch) > rank for batch in batches]
-    return partial(zip, _seeded(loader, seed, mine), counts)
+    return partial(zip, _own_seed(loader, seed, mine), counts)
 
 def _whole(loader, seed):
     for batch in fixed_order(loader, seed)(0): yield batch, True
