@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Few', 'Processes', 'Whole', 'Seed', 'Positive', 'NotNegative', 'Share', 'Part', 'Argument', 'RECIPES',
-           'Settings', 'Data', 'Schedule', 'Machine', 'Recipe', 'from_plain', 'check', 'read_yaml', 'read_settings',
-           'write_settings', 'recipe_file']
+           'Settings', 'Data', 'Schedule', 'Machine', 'Recipe', 'of_kind', 'from_plain', 'check', 'read_yaml',
+           'read_settings', 'write_settings', 'recipe_file']
 
 # %% ../nbs/07_config.ipynb #ecba2114
 import difflib
@@ -139,6 +139,17 @@ class Recipe(Settings):
     ) -> "nn.Module":       # called as module(batch), returns a dict with a "loss"
         "The module to train, with its first weights."
         return create(self.model, **self.model_args)
+
+# %% ../nbs/07_config.ipynb #b3d1c0a2
+def of_kind(
+    model: Any,       # just built
+    kind: type,       # the class that is wanted
+    recipe: Recipe,   # names model and command, for the message
+) -> Any:             # the same model
+    "Raises `ValueError` for a model of another class."
+    if isinstance(model, kind): return model
+    raise ValueError(f"model {recipe.model!r} is a {type(model).__name__}, "
+                     f"{recipe.command} needs a {kind.__name__}")
 
 # %% ../nbs/07_config.ipynb #b40f7e28
 def from_plain(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..config import Few, Part, Recipe
+from ..config import Few, Part, Recipe, of_kind
 from ..golden import Case, Outputs, golden
 from ..models.checkpoints import CheckpointError, State, load_weights, peel, rename
 from ..models.clip import CLIPVision, resize_frames, tiny_clip
@@ -130,11 +130,8 @@ class PretrainUMT(Recipe):
         create: Callable,   # see `Recipe.build`
     ) -> nn.Module:         # a `UMT`
         "Student and frozen teacher."
-        student = create(self.model, **self.model_args)
-        if isinstance(student, UMTStudent):
-            return UMT(student, clip_teacher(self), self.mask_ratio, self.masking, self.loss)
-        raise ValueError(f"model {self.model!r} is a {type(student).__name__}, "
-                         f"{self.command} needs a UMTStudent")
+        student = of_kind(create(self.model, **self.model_args), UMTStudent, self)
+        return UMT(student, clip_teacher(self), self.mask_ratio, self.masking, self.loss)
 
 # %% ../../nbs/official/20_umt.ipynb #0ded4d62
 def vit_args(

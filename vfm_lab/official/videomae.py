@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import Recipe
+from ..config import Recipe, of_kind
 from ..golden import Case, Outputs, golden
 from ..models.checkpoints import CheckpointError, State, load_weights, peel, rename
 from ..models.registry import head_rows, layout, named
@@ -232,10 +232,7 @@ class PretrainVideoMAE(Recipe):
         create: Callable,   # see `Recipe.build`
     ) -> nn.Module:         # a `VideoMAE`
         "Encoder and decoder."
-        model = create(self.model, **self.model_args)
-        if isinstance(model, VideoMAE): return model
-        raise ValueError(f"model {self.model!r} is a {type(model).__name__}, "
-                         f"{self.command} needs a VideoMAE")
+        return of_kind(create(self.model, **self.model_args), VideoMAE, self)
 
 # %% ../../nbs/official/30_videomae.ipynb #111000af
 @golden("videomae_v2_masks", unused=["grid"])
